@@ -17,7 +17,6 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
-from torch.nn.functional import pad
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -25,8 +24,10 @@ from .settings import SettingsError, TargetSettings, root
 
 # %% ../nbs/04_data.ipynb #c05
 CHECKSUMS = {  # file -> sha256 of its content: the whole file, and the first 10,000 training pictures
-    "train-images-idx3-ubyte.gz": ["c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", "ed2e37ed5a3a57d212141a69fe0a0de5a7126ffba14ac3f7e76f5f52cc04b1f0"],
-    "train-labels-idx1-ubyte.gz": ["bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", "a69f2dad024ca220a8c4d85f621fdf929042d40c444abde2868903e9220ad517"],
+    "train-images-idx3-ubyte.gz": ["c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                                   "ed2e37ed5a3a57d212141a69fe0a0de5a7126ffba14ac3f7e76f5f52cc04b1f0"],
+    "train-labels-idx1-ubyte.gz": ["bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                                   "a69f2dad024ca220a8c4d85f621fdf929042d40c444abde2868903e9220ad517"],
     "t10k-images-idx3-ubyte.gz": ["5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"],
     "t10k-labels-idx1-ubyte.gz": ["0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"],
 }

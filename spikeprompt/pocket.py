@@ -6,10 +6,9 @@
 __all__ = ['default_cfgs', 'pocket_names', 'pocket_cfg', 'conv_embed', 'pocket_resnet', 'pocket_vit', 'pocket_swin',
            'pocket_convnext', 'pocket_mixer']
 
-# %% ../nbs/02_pocket.ipynb #c002
+# %% ../nbs/02_pocket.ipynb #c02
 from functools import partial
 
-from torch import nn
 from timm.layers import HybridEmbed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.convnext import ConvNeXt
@@ -18,98 +17,163 @@ from timm.models.resnet import BasicBlock, ResNet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
+from torch import nn
 
-# %% ../nbs/02_pocket.ipynb #c005
+# %% ../nbs/02_pocket.ipynb #c05
 def pocket_cfg(
-    first_conv:str, # path of the first convolution, which timm adapts to other numbers of channels
-    classifier:str, # path of the classifier, which timm resizes
-    **kwargs        # further fields
-)->dict:            # a timm pretrained configuration
+    first_conv: str,  # path of the first convolution, which timm adapts to other numbers of channels
+    classifier: str,  # path of the classifier, which timm resizes
+    **kwargs,  # further fields
+) -> dict:  # a timm pretrained configuration
     "Configuration of a 32x32 RGB backbone whose pixels are scaled to [-1,1]."
-    return dict(input_size=(3,32,32), pool_size=None, crop_pct=1., interpolation='bilinear',
-                mean=(.5,.5,.5), std=(.5,.5,.5), num_classes=0, first_conv=first_conv, classifier=classifier,
-                license='apache-2.0', **kwargs)
+    return dict(
+        input_size=(3, 32, 32),
+        pool_size=None,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        num_classes=0,
+        first_conv=first_conv,
+        classifier=classifier,
+        license="apache-2.0",
+        **kwargs,
+    )
 
-# %% ../nbs/02_pocket.ipynb #c006
-default_cfgs = generate_default_cfgs({
-    'pocket_resnet':   pocket_cfg('conv1.0', 'fc'),
-    'pocket_vit':      pocket_cfg('patch_embed.backbone.0.conv', 'head', fixed_input_size=True),
-    'pocket_swin':     pocket_cfg('patch_embed.backbone.0.conv', 'head.fc', fixed_input_size=True),
-    'pocket_convnext': pocket_cfg('stem.0', 'head.fc'),
-    'pocket_mixer':    pocket_cfg('stem.backbone.0.conv', 'head', fixed_input_size=True)})
+# %% ../nbs/02_pocket.ipynb #c06
+default_cfgs = generate_default_cfgs(
+    {
+        "pocket_resnet": pocket_cfg("conv1.0", "fc"),
+        "pocket_vit": pocket_cfg("patch_embed.backbone.0.conv", "head", fixed_input_size=True),
+        "pocket_swin": pocket_cfg("patch_embed.backbone.0.conv", "head.fc", fixed_input_size=True),
+        "pocket_convnext": pocket_cfg("stem.0", "head.fc"),
+        "pocket_mixer": pocket_cfg("stem.backbone.0.conv", "head", fixed_input_size=True),
+    }
+)
 
 pocket_names = list(default_cfgs)
 
-# %% ../nbs/02_pocket.ipynb #c009
+# %% ../nbs/02_pocket.ipynb #c09
 def conv_embed(
-    channels:tuple,    # width after each stride-2 convolution; the last is the token width
-    img_size:int=32,   # pixels a side
-    in_chans:int=3,    # channels of the picture
-    embed_dim:int=None,# token width that the model asks for; must be channels[-1]
-    patch_size:int=None, norm_layer=None, # passed by every model; the strides and the stem's own norms stand in for them
-    **kwargs           # output format, device and the like, for `HybridEmbed`
-)->HybridEmbed:        # picture (B,C,H,W) to tokens
+    channels: tuple,  # width after each stride-2 convolution; the last is the token width
+    img_size: int = 32,  # pixels a side
+    in_chans: int = 3,  # channels of the picture
+    embed_dim: int | None = None,  # token width that the model asks for; must be channels[-1]
+    patch_size: int | None = None,  # passed by every model; the strides stand in for it
+    norm_layer: type | None = None,  # likewise; the stem has its own norms
+    **kwargs,  # output format, device and the like, for `HybridEmbed`
+) -> HybridEmbed:  # picture (B,C,H,W) to tokens
     "Patch embedding of stride `2**len(channels)` by overlapping 3x3 convolutions."
-    dd = {k:kwargs[k] for k in ('device','dtype') if k in kwargs}
-    stem = ConvStem(in_chans, depth=len(channels), channels=channels, stride=(2,)*len(channels), **dd)
+    dd = {k: kwargs[k] for k in ("device", "dtype") if k in kwargs}
+    stem = ConvStem(in_chans, depth=len(channels), channels=channels, stride=(2,) * len(channels), **dd)
     return HybridEmbed(stem, img_size=img_size, in_chans=in_chans, embed_dim=embed_dim, proj=False, **kwargs)
 
-# %% ../nbs/02_pocket.ipynb #c012
+# %% ../nbs/02_pocket.ipynb #c12
 def _build(cls, name, pretrained, defaults, kwargs):
     "Build `cls` under timm's rules, `kwargs` overriding `defaults`."
-    if pretrained: raise ValueError(f"{name} has no weights to download: call it with pretrained=False and load the packaged ones")
+    if pretrained:
+        raise ValueError(f"{name} has no weights to download: call it with pretrained=False and load the packaged ones")
     return build_model_with_cfg(cls, name, pretrained=False, **{**defaults, **kwargs})
 
-# %% ../nbs/02_pocket.ipynb #c014
+# %% ../nbs/02_pocket.ipynb #c14
 @register_model
 def pocket_resnet(
-    pretrained:bool=False, # must stay False
-    **kwargs               # overrides for `ResNet`
-)->ResNet:                 # pooled features: 192
+    pretrained: bool = False,  # must stay False
+    **kwargs,  # overrides for `ResNet`
+) -> ResNet:  # pooled features: 192
     "A ResNet of four basic blocks on grids of 16, 8, 4 and 2."
-    model = _build(ResNet, 'pocket_resnet', pretrained, dict(block=BasicBlock, layers=(1,1,1,1), channels=(24,48,96,192),
-                   stem_type='deep', stem_width=12), kwargs)
+    model = _build(
+        ResNet,
+        "pocket_resnet",
+        pretrained,
+        dict(block=BasicBlock, layers=(1, 1, 1, 1), channels=(24, 48, 96, 192), stem_type="deep", stem_width=12),
+        kwargs,
+    )
     model.maxpool = nn.Identity()
     return model
 
-# %% ../nbs/02_pocket.ipynb #c017
+# %% ../nbs/02_pocket.ipynb #c17
 @register_model
 def pocket_vit(
-    pretrained:bool=False, # must stay False
-    **kwargs               # overrides for `VisionTransformer`
-)->VisionTransformer:      # class token: 128
+    pretrained: bool = False,  # must stay False
+    **kwargs,  # overrides for `VisionTransformer`
+) -> VisionTransformer:  # class token: 128
     "A four-block ViT on a 4x4 grid of tokens."
-    return _build(VisionTransformer, 'pocket_vit', pretrained, dict(img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4,
-                  mlp_ratio=2., embed_layer=partial(conv_embed, (24,48,128))), kwargs)
+    return _build(
+        VisionTransformer,
+        "pocket_vit",
+        pretrained,
+        dict(
+            img_size=32,
+            patch_size=8,
+            embed_dim=128,
+            depth=4,
+            num_heads=4,
+            mlp_ratio=2.0,
+            embed_layer=partial(conv_embed, (24, 48, 128)),
+        ),
+        kwargs,
+    )
 
-# %% ../nbs/02_pocket.ipynb #c020
+# %% ../nbs/02_pocket.ipynb #c20
 @register_model
 def pocket_swin(
-    pretrained:bool=False, # must stay False
-    **kwargs               # overrides for `SwinTransformer`
-)->SwinTransformer:        # pooled features: 192
+    pretrained: bool = False,  # must stay False
+    **kwargs,  # overrides for `SwinTransformer`
+) -> SwinTransformer:  # pooled features: 192
     "A six-block Swin on grids of 8, 4 and 2."
-    return _build(SwinTransformer, 'pocket_swin', pretrained, dict(img_size=32, patch_size=4, window_size=4, embed_dim=48,
-                  depths=(2,2,2), num_heads=(2,4,8), mlp_ratio=2., drop_path_rate=0., embed_layer=partial(conv_embed, (24,48))), kwargs)
+    return _build(
+        SwinTransformer,
+        "pocket_swin",
+        pretrained,
+        dict(
+            img_size=32,
+            patch_size=4,
+            window_size=4,
+            embed_dim=48,
+            depths=(2, 2, 2),
+            num_heads=(2, 4, 8),
+            mlp_ratio=2.0,
+            drop_path_rate=0.0,
+            embed_layer=partial(conv_embed, (24, 48)),
+        ),
+        kwargs,
+    )
 
-# %% ../nbs/02_pocket.ipynb #c023
+# %% ../nbs/02_pocket.ipynb #c23
 @register_model
 def pocket_convnext(
-    pretrained:bool=False, # must stay False
-    **kwargs               # overrides for `ConvNeXt`
-)->ConvNeXt:               # pooled features: 256
+    pretrained: bool = False,  # must stay False
+    **kwargs,  # overrides for `ConvNeXt`
+) -> ConvNeXt:  # pooled features: 256
     "A six-block ConvNeXt on grids of 8, 4, 2 and 1."
-    return _build(ConvNeXt, 'pocket_convnext', pretrained, dict(depths=(2,2,1,1), dims=(48,96,160,256), kernel_sizes=(5,5,3,3),
-                  stem_type='overlap_act', ls_init_value=None), kwargs)
+    return _build(
+        ConvNeXt,
+        "pocket_convnext",
+        pretrained,
+        dict(
+            depths=(2, 2, 1, 1),
+            dims=(48, 96, 160, 256),
+            kernel_sizes=(5, 5, 3, 3),
+            stem_type="overlap_act",
+            ls_init_value=None,
+        ),
+        kwargs,
+    )
 
-# %% ../nbs/02_pocket.ipynb #c026
+# %% ../nbs/02_pocket.ipynb #c26
 @register_model
 def pocket_mixer(
-    pretrained:bool=False, # must stay False
-    **kwargs               # overrides for `MlpMixer`
-)->MlpMixer:               # pooled features: 160
+    pretrained: bool = False,  # must stay False
+    **kwargs,  # overrides for `MlpMixer`
+) -> MlpMixer:  # pooled features: 160
     "A four-block MLP-Mixer on a 4x4 grid of tokens."
-    model = _build(MlpMixer, 'pocket_mixer', pretrained, dict(img_size=32, patch_size=8, embed_dim=160, num_blocks=4,
-                   mlp_ratio=(.5,2.)), kwargs)
-    model.stem = conv_embed((16,32,160), in_chans=kwargs.get('in_chans', 3), embed_dim=160)
+    model = _build(
+        MlpMixer,
+        "pocket_mixer",
+        pretrained,
+        dict(img_size=32, patch_size=8, embed_dim=160, num_blocks=4, mlp_ratio=(0.5, 2.0)),
+        kwargs,
+    )
+    model.stem = conv_embed((16, 32, 160), in_chans=kwargs.get("in_chans", 3), embed_dim=160)
     return model

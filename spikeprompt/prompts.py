@@ -29,6 +29,7 @@ class PromptConfig(Settings):
 class Prompt(nn.Module):
     "Base of every method: a prompt that changes nothing."
     config_class = PromptConfig
+    baseline = "linear_probe"  # the method it is compared with in the report, besides the linear probe
     progress = 0.0  # share of the training that is done, in [0, 1]; the training loop sets it
 
     def pixels(self,

@@ -73,7 +73,7 @@ class TrainSettings(Settings):
     probe_c: list[float] = Field([0.001, 0.01, 0.1, 1.0], min_length=1,
                                  description="inverse L2 strengths of the linear probe; validation picks one")
     mixed_precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="Accelerate's mixed precision")
-    weights: str = Field("spikeprompt/weights", description="folder of <timm name>.safetensors, or `hub` to download")
+    weights: str = Field("spikeprompt/weights", description="folder of <timm name>.safetensors, relative to the project or absolute")
 
 # %% ../nbs/00_settings.ipynb #c19
 class RobustnessSettings(Settings):

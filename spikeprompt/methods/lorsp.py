@@ -50,7 +50,7 @@ def image_current(
 @register_method("lorsp")
 class LoRSP(Prompt):
     "A sparse, low-rank, image-dependent pattern added to the pixels (our reading of arXiv 2606.01945)."
-    config_class = LoRSPConfig
+    config_class, baseline = LoRSPConfig, "lor_vp"
 
     def __init__(self, config: LoRSPConfig, backbone: Backbone):
         super().__init__()
@@ -105,7 +105,7 @@ class LoRSP(Prompt):
     @torch.no_grad()
     def picture(self, images: Tensor):
         images = images[:4]
-        P, (s_b, s_a) = self.prompt(images).cpu(), self.spikes(images)
+        P = self.prompt(images).cpu()
         fig, axes = plt.subplots(3, len(images), figsize=(1.7 * len(images), 4.6), layout="constrained", squeeze=False)
         for column, (x, p) in enumerate(zip(images.cpu(), P)):
             for ax, shown in zip(axes[:, column], (x, p, x + p)):

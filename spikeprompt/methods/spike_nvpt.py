@@ -21,7 +21,7 @@ from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, register_metho
 class SpikeNVPTConfig(PromptConfig):
     "Settings of Spike-NVPT."
     tokens: int = Field(10, ge=1, description="p, prompt tokens a block")
-    border: int = Field(4, ge=1, description="width in pixels of the frame, on backbones without tokens")
+    border: int = Field(2, ge=1, description="width in pixels of the frame, on backbones without tokens")
     timesteps: int = Field(4, ge=1, le=64, description="T, steps of the Signal Filtering Layer")
     sigma: float = Field(0.5, ge=0, description="noise on the current at the start of training; falls linearly to 0")
     kappa: float = Field(0.5, gt=0, le=1, description="rate at which the Spike Discretization Unit gives a one")
@@ -76,7 +76,7 @@ def token_scales(
 @register_method("spike_nvpt")
 class SpikeNVPT(Prompt):
     "Binary tokens or a binary frame, from a spiking neuron's rate (our reading of arXiv 2604.18284)."
-    config_class = SpikeNVPTConfig
+    config_class, baseline = SpikeNVPTConfig, "vpt"
 
     def __init__(self, config: SpikeNVPTConfig, backbone: Backbone):
         super().__init__()

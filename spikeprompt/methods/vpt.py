@@ -20,7 +20,7 @@ from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, register_metho
 class VPTConfig(PromptConfig):
     "Settings of VPT-deep."
     tokens: int = Field(10, ge=1, description="p, prompt tokens a block")
-    border: int = Field(4, ge=1, description="width in pixels of the frame, on backbones without tokens")
+    border: int = Field(2, ge=1, description="width in pixels of the frame, on backbones without tokens")
     lr: float = Field(0.01, gt=0, description="peak learning rate of tokens or frame")
 
 # %% ../../nbs/methods/vpt.ipynb #c06

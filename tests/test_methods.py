@@ -1,0 +1,156 @@
+"What must hold for every method on every backbone, and the sizes that the papers' tables are read against."
+import pytest
+import timm
+import torch
+
+from spikeprompt.backbones import Backbone, create_backbone, fingerprint
+from spikeprompt.data import read_digits
+from spikeprompt.experiments import load_run, prepared_split, run, save_run
+from spikeprompt.methods.lor_vp import LoRVP, LoRVPConfig
+from spikeprompt.methods.lorsp import LoRSP, LoRSPConfig
+from spikeprompt.pocket import pocket_names
+from spikeprompt.prompts import method_class, prompt_parameters
+from spikeprompt.settings import TargetSettings, TrainSettings
+from spikeprompt.training import linear_probe, outputs
+
+METHODS = ["lor_vp", "lorsp", "vpt", "spike_nvpt"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.from_numpy(read_digits().x_train[:64]).expand(-1, 3, -1, -1) / 255
+
+
+def prompted(name, method, images, **settings):
+    "A fresh backbone with an untrained prompt on it."
+    torch.manual_seed(0)
+    cls, backbone = method_class(method), create_backbone(name)
+    prompt = cls(cls.config_class(**settings), backbone)
+    prompt.start(images, backbone)
+    prompt.attach(backbone)
+    return prompt, backbone
+
+
+@pytest.fixture(scope="module")
+def backbone_224():
+    return Backbone("resnet18", timm.create_model("resnet18"))
+
+
+@pytest.mark.parametrize("method, rank, count", [(LoRVP, 4, 5376), (LoRSP, 4, 5389), (LoRSP, 2, 2695), (LoRSP, 1, 1348)])
+def test_sizes_at_224_px(backbone_224, method, rank, count):
+    assert prompt_parameters(method(method.config_class(rank=rank), backbone_224)) == count
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize("rate", [0.16, 0.3])
+def test_lorsp_prompt_is_sparse_and_low_rank_at_224_px(backbone_224, rank, rate):
+    torch.manual_seed(rank)
+    images = torch.rand(8, 3, 224, 224)
+    prompt = LoRSP(LoRSPConfig(rank=rank, rate=rate), backbone_224)
+    prompt.start(images, backbone_224)
+    patterns = prompt.prompt(images).detach()
+    assert torch.linalg.matrix_rank(patterns).max() <= rank
+    density = (patterns != 0).float().mean().item()
+    assert density == pytest.approx(1 - (1 - rate**2) ** rank, abs=0.02)
+
+
+def test_lorsp_prompts_differ_between_images(images):
+    prompt, _ = prompted("pocket_resnet", "lorsp", images)
+    patterns = prompt.prompt(images[:2])
+    assert (patterns[0] - patterns[1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", pocket_names)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_prompt_parameter_learns_from_the_first_step(name, method, images):
+    prompt, backbone = prompted(name, method, images)
+    if method == "lor_vp":  # B = 0 by design: A gets no gradient until B has moved
+        torch.nn.init.normal_(prompt.B)
+    backbone(prompt.train().pixels(images)).square().sum().backward()
+    silent = [key for key, p in prompt.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert not silent
+    assert all(p.grad is None for p in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("name", pocket_names)
+@pytest.mark.parametrize("method", METHODS)
+def test_batched_equals_one_by_one(name, method, images):
+    prompt, backbone = prompted(name, method, images)
+    prompt.eval()
+    few = images[:6]
+    with torch.no_grad():
+        together = backbone(prompt.pixels(few))
+        alone = torch.cat([backbone(prompt.pixels(image[None])) for image in few])
+    assert (together - alone).abs().max() < 1e-4 * together.abs().max().clamp(min=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "One epoch of each method on a token model, twice with the same seed, and the run saved and loaded."
+    settings = TargetSettings(n_train=128, n_val=64, n_test=32)
+    train = TrainSettings(epochs=1, probe_c=[0.01])
+    found = {}
+    for method in METHODS:
+        fresh = create_backbone("pocket_vit")
+        pixels = prepared_split(read_digits(), settings, 0, fresh, "digits")
+        probe = linear_probe(fresh, pixels, train.probe_c)
+        config = method_class(method).config_class()
+        models = [run("pocket_vit", method, config, pixels, probe, train, seed, report=lambda line: None)[0] for seed in (0, 0, 1)]
+        path = tmp_path_factory.mktemp(method) / "run.safetensors"
+        save_run(models[0], path)
+        loaded = load_run(path, "pocket_vit", method, config, train.weights)
+        found[method] = [outputs(model, pixels.test[0]) for model in (*models, loaded)], fresh, models[0]
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_same_seed_same_result_to_the_bit(trained, method):
+    (first, again, other, loaded), _, _ = trained[method]
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(first, loaded)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_leaves_the_backbone_as_it_was(trained, method):
+    _, fresh, model = trained[method]
+    assert fingerprint(model.backbone.model) == fingerprint(fresh.model)
+
+
+def test_a_method_that_touches_its_backbone_is_stopped():
+    from spikeprompt.prompts import Head, Prompt
+    from spikeprompt.training import train_prompt
+
+    class Vandal(Prompt):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+
+        def attach(self, backbone):
+            self.victim = [next(backbone.model.parameters())]
+
+        def pixels(self, images):
+            with torch.no_grad():
+                self.victim[0].add_(1e-3)
+            return images + self.p
+
+    fresh = create_backbone("pocket_resnet")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32, n_test=10), 0, fresh, "digits")
+    D = fresh.num_features
+    head = Head(torch.zeros(D), torch.ones(D), torch.zeros(10, D), torch.zeros(10))
+    with pytest.raises(RuntimeError, match="'pocket_resnet' changed during training"):
+        train_prompt(fresh, Vandal(), head, pixels, TrainSettings(epochs=1), 0, 0.1, report=lambda line: None)
+
+
+def test_bf16_keeps_the_spikes_in_fp32(images):
+    prompt, _ = prompted("pocket_resnet", "lorsp", images)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = prompt.prompt(images)
+    assert torch.equal(low, prompt.prompt(images))
+
+
+def test_config_refuses_what_cannot_work():
+    for bad in ({"rank": 0}, {"rank": 2.5}, {"rate": 1.0}, {"lr": -1.0}, {"rnak": 2}):
+        with pytest.raises(ValueError):
+            LoRSPConfig(**bad)
+    assert LoRVPConfig(rank=2).rank == 2

@@ -1,0 +1,129 @@
+"A whole tiny pipeline in a copy of the repository: it runs, repeats itself, and stops at a wrong parameter."
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+import yaml
+
+from spikeprompt.settings import root
+
+TINY = {
+    "backbones": ["pocket_vit"],
+    "methods": ["linear_probe", "lorsp", "spike_nvpt"],
+    "targets": {"digits": {"folder": "", "n_train": 64, "n_val": 32, "n_test": 48}},
+    "variants": {"lorsp": {"lorsp_k1": {"rank": 1}, "lorsp_k2": {"rank": 2}}},
+}
+
+
+def call(folder, *command):
+    "Run a command in the copy, with the copy's own code."
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+def change(folder, **sections):
+    "Change sections of the copy's params.yaml."
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, **sections}, sort_keys=False))
+
+
+def state(folder):
+    "Everything that the pipeline wrote for git."
+    return {path.relative_to(folder): path.read_bytes() for path in (folder / "results").rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    "The files git knows or would know, in a repository of their own, after one `dvc repro`."
+    folder = tmp_path_factory.mktemp("copy")
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True)
+    for name in filter(None, listed.stdout.split("\0")):
+        if (root / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(root / name, folder / name)
+    shutil.rmtree(folder / "results", ignore_errors=True)
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    change(folder, **TINY, train={**params["train"], "seeds": [0, 1], "epochs": 1, "probe_c": [0.01]},
+           robustness={**params["robustness"], "sigmas": [0.1], "corruptions": ["shot_noise"], "severities": [1]})
+    done = call(folder, "dvc", "repro")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder, done
+
+
+def test_scores(copy):
+    folder, _ = copy
+    noise = json.loads((folder / "results/scores/noise-lorsp.json").read_text())["pocket_vit"]["digits"]
+    assert set(noise) == {"lorsp_k1", "lorsp_k2"} and set(noise["lorsp_k1"]) == {"0", "1"}
+    assert set(noise["lorsp_k1"]["0"]) == {"clean", "gaussian_noise", "shot_noise"}
+    train = json.loads((folder / "results/scores/train-pocket_vit-lorsp.json").read_text())["digits"]
+    assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64 + 3 * 2 + 1
+    probe = json.loads((folder / "results/scores/noise-linear_probe.json").read_text())["pocket_vit"]["digits"]["linear_probe"]
+    assert all(run["clean"]["0"] > 0.5 for run in probe.values())  # ten classes, 64 pictures to learn from
+    metrics = json.loads((folder / "results/metrics.json").read_text())["digits"]
+    clean = sum(run["clean"]["0"] for run in probe.values()) / 2
+    assert metrics["linear_probe"]["clean"] == pytest.approx(100 * clean, abs=0.01)
+
+
+def test_the_run_shows_its_epochs(copy):
+    _, done = copy
+    assert "lorsp_k1   epoch  1/1  loss" in done.stdout
+
+
+def test_the_report_reads(copy):
+    folder, _ = copy
+    cells = json.loads((folder / "results/report.ipynb").read_text())["cells"]
+    text = json.dumps(cells)
+    assert "`lorsp_k2` against `linear_probe`" in text and "logistic regression on raw pixels" in text
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr"
+                   for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"])
+    assert (folder / "results/figures/gains.svg").stat().st_size > 1000
+
+
+def test_a_second_repro_does_nothing(copy):
+    folder, _ = copy
+    again = call(folder, "dvc", "repro")
+    assert again.returncode == 0 and "Running stage" not in again.stdout and "up to date" in again.stdout
+
+
+def test_a_forced_stage_writes_the_same_bytes(copy):
+    folder, _ = copy
+    before = state(folder)
+    lock = (folder / "dvc.lock").read_bytes()
+    forced = call(folder, "dvc", "repro", "-f", "-s", "train@pocket_vit-spike_nvpt", "robustness@spike_nvpt", "figures")
+    assert forced.returncode == 0, forced.stdout[-2000:] + forced.stderr[-2000:]
+    assert state(folder) == before and (folder / "dvc.lock").read_bytes() == lock
+
+
+def test_one_methods_settings_run_that_method_alone(copy):
+    folder, _ = copy
+    change(folder, variants={**TINY["variants"], "spike_nvpt": {"spike_nvpt": {"tokens": 3}}})
+    planned = call(folder, "dvc", "repro", "check")
+    assert planned.returncode == 0, planned.stderr
+    stale = call(folder, "dvc", "status", "--json").stdout
+    names = {name for name in json.loads(stale) if name.startswith("train")}
+    change(folder, variants=TINY["variants"])
+    assert names == {"train@pocket_vit-spike_nvpt"}
+
+
+@pytest.mark.parametrize("sections, said", [
+    ({"backbones": ["pocket_resnt"]}, "backbones = 'pocket_resnt': allowed are pocket_resnet"),
+    ({"methods": ["lorps"]}, "method 'lorps': allowed are"),
+    ({"variants": {"lorsp": {"lorsp": {"rank": -1}}}}, "variants.lorsp.lorsp.rank = -1: input should be greater than or equal to 1"),
+    ({"robustness": {"sigmas": [3.0]}}, "robustness.sigmas = 3.0: allowed are"),
+    ({"train": {"epochs": "six"}}, "train.epochs = 'six': input should be a valid integer"),
+])
+def test_a_wrong_parameter_stops_before_any_training(copy, sections, said):
+    folder, _ = copy
+    kept = (folder / "params.yaml").read_text()
+    before = state(folder)
+    change(folder, **sections)
+    refused = call(folder, "dvc", "repro")
+    (folder / "params.yaml").write_text(kept)
+    assert refused.returncode != 0 and "Running stage 'train" not in refused.stdout
+    lines = [line for line in refused.stderr.splitlines() if line.startswith("params.yaml: ")]
+    assert len(lines) == 1 and said in lines[0]
+    assert {name: text for name, text in state(folder).items() if "settings" not in str(name)} == \
+        {name: text for name, text in before.items() if "settings" not in str(name)}
