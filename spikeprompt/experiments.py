@@ -104,11 +104,11 @@ def write_settings(
     params: Params,
     folder: str | Path = "results/settings",  # relative to the project
 ):
-    "Write the checked variants of each method as JSON."
+    "Write the checked variants of each method, and the targets, as JSON."
     (root / folder).mkdir(parents=True, exist_ok=True)
-    for method, chosen in params.variants.items():
-        text = json.dumps({name: config.model_dump() for name, config in chosen.items()}, indent=2)
-        (root / folder / f"{method}.json").write_text(text + "\n")
+    for name, group in {**params.variants, "targets": params.targets}.items():
+        text = json.dumps({key: settings.model_dump() for key, settings in group.items()}, indent=2)
+        (root / folder / f"{name}.json").write_text(text + "\n")
 
 # %% ../nbs/09_experiments.ipynb #c15
 def read_settings(

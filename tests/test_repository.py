@@ -1,4 +1,5 @@
 "The checkout is in order: package from notebooks, one parameters cell a stage, results from this code."
+import hashlib
 import json
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import nbformat
 import pytest
 import yaml
 
+from spikeprompt.pocket import pocket_names
 from spikeprompt.settings import root
 
 STAGES = sorted((root / "nbs/pipeline").glob("*.ipynb"))
@@ -42,6 +44,15 @@ def test_params_have_a_score_for_every_run():
                     assert set(seeds) == set(map(str, params["train"]["seeds"]))
 
 
+def test_learning_rates_are_those_that_the_sweep_found_best():
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    swept = json.loads((root / "studies/sweep/scores.json").read_text())
+    for variants in params["variants"].values():
+        for name, settings in variants.items():
+            means = {float(lr): sum(scores.values()) / len(scores) for lr, scores in swept[name].items()}
+            assert settings["lr"] == max(means, key=means.get), f"{name}: {means}"
+
+
 def test_tracked_files_are_small_and_name_no_lock():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()}
@@ -49,6 +60,10 @@ def test_tracked_files_are_small_and_name_no_lock():
     assert "uv.lock" not in sizes
 
 
-@pytest.mark.parametrize("name", ["pocket_resnet", "pocket_vit", "pocket_swin", "pocket_convnext", "pocket_mixer"])
-def test_pocket_weights_are_small(name):
-    assert (root / f"spikeprompt/weights/{name}.safetensors").stat().st_size < 3e6
+@pytest.mark.parametrize("name", pocket_names)
+def test_pocket_weights_are_small_and_those_of_their_card(name):
+    content = (root / f"spikeprompt/weights/{name}.safetensors").read_bytes()
+    card = json.loads((root / f"spikeprompt/weights/{name}.json").read_text())
+    assert len(content) < 3e6 and hashlib.sha256(content).hexdigest() == card["sha256"]
+    probes = card["probes"]["fashion_mnist"]
+    assert probes["pretrained"]["test"] > probes["pixels"]["test"]

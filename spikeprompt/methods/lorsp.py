@@ -105,13 +105,17 @@ class LoRSP(Prompt):
     @torch.no_grad()
     def picture(self, images: Tensor):
         images = images[:4]
-        P = self.prompt(images).cpu()
-        fig, axes = plt.subplots(3, len(images), figsize=(1.7 * len(images), 4.6), layout="constrained", squeeze=False)
-        for column, (x, p) in enumerate(zip(images.cpu(), P)):
-            for ax, shown in zip(axes[:, column], (x, p, x + p)):
+        P, spikes = self.prompt(images).cpu(), [s.cpu() for s in self.spikes(images)]
+        fig, axes = plt.subplots(5, len(images), figsize=(1.7 * len(images), 6.4), layout="constrained", squeeze=False,
+                                 height_ratios=[3, 3, 3, 1, 1])
+        for number, (x, p) in enumerate(zip(images.cpu(), P)):
+            for ax, shown in zip(axes[:, number], (x, p, x + p)):
                 low, high = shown.min(), shown.max()
                 ax.imshow(((shown - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0))
-                ax.axis("off")
-        for ax, title in zip(axes[:, 0], ("picture $x$", "prompt $P(x)$", "$x + P(x)$")):
-            ax.set_title(title, fontsize=9, loc="left")
+            for ax, fired in zip(axes[3:, number], spikes):
+                ax.imshow(1 - fired[:, number].flatten(0, 1), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        for row, title in zip(axes, ("picture $x$", "prompt $P(x)$", "$x + P(x)$", "spikes of the rows", "spikes of the columns")):
+            row[0].set_title(title, fontsize=9, loc="left")
+            for ax in row:
+                ax.set(xticks=[], yticks=[])
         return fig
