@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECKSUMS', 'READERS', 'DataError', 'read_checked', 'from_idx', 'Pictures', 'read_fashion_mnist', 'read_digits',
-           'read_npz', 'read_target', 'save_pictures', 'load_pictures', 'Split', 'to_size', 'split', 'shorten', 'main']
+           'read_npz', 'read_target', 'save_pictures', 'load_pictures', 'Split', 'to_size', 'stratified_order',
+           'picked', 'test_pictures', 'split', 'shorten', 'main']
 
 # %% ../nbs/04_data.ipynb #c02
 import gzip
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -112,6 +112,13 @@ def read_npz(
     x_train, y_train, x_test, y_test = pictures
     if x_train.dtype != np.uint8 or x_train.ndim != 4 or x_train.shape[-1] not in (1, 3):
         raise DataError(f"{path}: x_train is {x_train.dtype} {x_train.shape}, needed: uint8 [N, H, W, 1 or 3]")
+    if x_test.dtype != np.uint8 or x_test.shape[1:] != x_train.shape[1:]:
+        raise DataError(f"{path}: x_test is {x_test.dtype} {x_test.shape}, needed: uint8 [N, {', '.join(map(str, x_train.shape[1:]))}]")
+    for name, y in ("y_train", y_train), ("y_test", y_test):
+        if not np.issubdtype(y.dtype, np.integer) or y.min() < 0 or y.max() >= len(names):
+            raise DataError(f"{path}: {name} must be integers from 0 to {len(names) - 1}, one for each of class_names")
+    if len(np.unique(y_train)) < len(names):
+        raise DataError(f"{path}: y_train lacks {len(names) - len(np.unique(y_train))} of the {len(names)} classes")
     channels_first = [np.ascontiguousarray(x.transpose(0, 3, 1, 2)) for x in (x_train, x_test)]
     return Pictures(channels_first[0], y_train.astype(np.int64), channels_first[1], y_test.astype(np.int64), names)
 
@@ -166,6 +173,39 @@ def to_size(
     return images.expand(-1, 3, -1, -1)
 
 # %% ../nbs/04_data.ipynb #c29
+def stratified_order(
+    labels: np.ndarray,  # [N]
+    seed: int,
+) -> np.ndarray:         # a permutation of 0..N-1
+    "A random order in which every beginning has the classes in their proportions, as far as numbers allow."
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    place = np.empty(len(labels))
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels[shuffled] == label)
+        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    return shuffled[np.argsort(place, kind="stable")]
+
+# %% ../nbs/04_data.ipynb #c32
+def picked(
+    x: np.ndarray,       # [N, ...]
+    y: np.ndarray,       # [N]
+    chosen: np.ndarray,  # indices
+) -> tuple[Tensor, Tensor]:
+    "Chosen pictures and labels as tensors."
+    return torch.from_numpy(x[chosen]), torch.from_numpy(y[chosen])
+
+# %% ../nbs/04_data.ipynb #c33
+def test_pictures(
+    pictures: Pictures,
+    settings: TargetSettings,
+    target: str = "target",    # for error messages
+) -> tuple[Tensor, Tensor]:    # uint8 [n_test, C, H, W], int64 [n_test]
+    "The test pictures of every run; raises `SettingsError` when there are too few."
+    if settings.n_test > len(pictures.y_test):
+        raise SettingsError(f"targets.{target}.n_test = {settings.n_test}: allowed are at most {len(pictures.y_test)}")
+    return picked(pictures.x_test, pictures.y_test, stratified_order(pictures.y_test, 0)[:settings.n_test])
+
+# %% ../nbs/04_data.ipynb #c34
 def split(
     pictures: Pictures,
     settings: TargetSettings,  # how many of each
@@ -175,19 +215,13 @@ def split(
     "Choose training, validation and test pictures; raises `SettingsError` when there are too few."
     have, wanted = len(pictures.y_train), settings.n_train + settings.n_val
     if wanted > have:
-        raise SettingsError(f"targets.{target}: n_train + n_val = {wanted}, allowed: at most {have} (its training part)")
-    if settings.n_test > len(pictures.y_test):
-        raise SettingsError(f"targets.{target}.n_test = {settings.n_test}, allowed: at most {len(pictures.y_test)}")
-    labels = pictures.y_train
-    train, rest = train_test_split(np.arange(have), train_size=settings.n_train, stratify=labels, random_state=seed)
-    val = rest if len(rest) == settings.n_val else train_test_split(
-        rest, train_size=settings.n_val, stratify=labels[rest], random_state=seed)[0]
-    pick = lambda x, y, chosen: (torch.from_numpy(x[chosen]), torch.from_numpy(y[chosen]))
-    test = np.arange(settings.n_test)
-    return Split(pick(pictures.x_train, labels, train), pick(pictures.x_train, labels, val),
-                 pick(pictures.x_test, pictures.y_test, test))
+        raise SettingsError(f"targets.{target}.n_train + n_val = {wanted}: allowed are at most {have}, its training part")
+    order = stratified_order(pictures.y_train, seed)
+    part = lambda chosen: picked(pictures.x_train, pictures.y_train, chosen)
+    return Split(part(order[:settings.n_train]), part(order[settings.n_train:wanted]),
+                 test_pictures(pictures, settings, target))
 
-# %% ../nbs/04_data.ipynb #c33
+# %% ../nbs/04_data.ipynb #c38
 def shorten(
     source: str | Path,                         # folder of the four canonical files
     folder: str | Path = "data/fashion_mnist",  # where to write, relative to the project
@@ -210,7 +244,7 @@ def shorten(
         path.replace(folder / path.name)
     fresh.rmdir()
 
-# %% ../nbs/04_data.ipynb #c34
+# %% ../nbs/04_data.ipynb #c39
 def main():
     "The command `spikeprompt-data SOURCE`."
     import argparse

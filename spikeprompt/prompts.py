@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PromptConfig', 'Prompt', 'register_method', 'method_class', 'Head', 'PromptedModel', 'prompt_parameters',
-           'token_places', 'prompt_vit_block', 'PromptedWindowAttention', 'attach_tokens', 'Frame']
+           'token_places', 'prompt_vit_block', 'PromptedWindowAttention', 'attach_tokens', 'Frame', 'draw_tokens',
+           'draw_pictures']
 
 # %% ../nbs/06_prompts.ipynb #c02
 import importlib
 import pkgutil
 
+import matplotlib.pyplot as plt
 import torch
 from pydantic import Field
 from timm.models.swin_transformer import SwinTransformer
@@ -31,6 +33,7 @@ class Prompt(nn.Module):
     config_class = PromptConfig
     baseline = "linear_probe"  # the method it is compared with in the report, besides the linear probe
     progress = 0.0  # share of the training that is done, in [0, 1]; the training loop sets it
+    lr = None       # peak learning rate; None: only the head learns
 
     def pixels(self,
                images: Tensor  # [B, 3, H, W] in [0, 1]
@@ -82,6 +85,8 @@ def method_class(
     if name not in known:
         raise SettingsError(f"method {name!r}: allowed are {', '.join(known)}")
     importlib.import_module(f"spikeprompt.methods.{name}")
+    if name not in METHODS:
+        raise SettingsError(f"method {name!r}: spikeprompt/methods/{name}.py registers no method of that name")
     return METHODS[name]
 
 # %% ../nbs/06_prompts.ipynb #c12
@@ -238,3 +243,35 @@ class Frame(nn.Module):
         frame = torch.zeros(3, *self.size, dtype=images.dtype, device=images.device)
         frame[:, self.mask] = values.to(images.dtype)
         return pad(small, [self.border] * 4) + frame
+
+# %% ../nbs/06_prompts.ipynb #c32
+def draw_tokens(
+    layers: list[list[Tensor]],  # for each block, the `[p, D]` tensors to draw side by side
+    titles: list[str],           # one a column
+    cmap: str,                   # matplotlib's colour map
+):
+    "A figure with one row a block."
+    fig, axes = plt.subplots(len(layers), len(titles), figsize=(4 * len(titles), 0.7 * len(layers) + 0.4), squeeze=False,
+                             layout="constrained")
+    for block, (row, shown) in enumerate(zip(axes, layers)):
+        for ax, values in zip(row, shown):
+            ax.imshow(values.detach().cpu(), cmap=cmap, aspect="auto", interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+        row[0].set_ylabel(f"block {block}", fontsize=7)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title, fontsize=9)
+    return fig
+
+# %% ../nbs/06_prompts.ipynb #c33
+def draw_pictures(
+    panels: dict[str, Tensor],  # title -> picture [3, H, W]; each is stretched to its own range
+):
+    "A figure with pictures side by side."
+    fig, axes = plt.subplots(1, len(panels), figsize=(2 * len(panels), 2.2), layout="constrained", squeeze=False)
+    for ax, (title, shown) in zip(axes[0], panels.items()):
+        shown = shown.detach().cpu()
+        low, high = shown.min(), shown.max()
+        ax.imshow(((shown - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0))
+        ax.set_title(title, fontsize=9)
+        ax.axis("off")
+    return fig

@@ -48,7 +48,7 @@ def per_run(
     "Clean accuracy and mean accuracies under noise of each run."
     key = ["target", "backbone", "variant", "seed"]
     mean = lambda chosen: 100 * tested[chosen].groupby(key, sort=False).accuracy.mean()
-    return pd.DataFrame({"clean": mean(tested.corruption == "clean"), "gaussian": mean(tested.corruption == "gaussian_noise"),
+    return pd.DataFrame({"clean": mean(tested.corruption == "clean"), "gaussian": mean(tested.corruption == "gaussian"),
                          "noisy": mean(tested.corruption != "clean")}).reset_index()
 
 # %% ../nbs/10_results.ipynb #c10
@@ -59,8 +59,9 @@ def summary(
     "The table of clean and noisy accuracy with the size and the sparsity of each prompt."
     key = ["target", "backbone", "variant"]
     groups = per_run(tested).groupby(key, sort=False)[["clean", "gaussian", "noisy"]]
-    spread = groups.std().fillna(0)
-    table = groups.mean().map("{:.1f}".format) + " ± " + spread.map("{:.1f}".format)
+    table = groups.mean().map("{:.1f}".format)
+    if tested.seed.nunique() > 1:
+        table += " ± " + groups.std().map("{:.1f}".format)
     extra = trained.groupby(key, sort=False)[[c for c in ("prompt_parameters", "density", "firing_rate") if c in trained]].mean()
     extra["prompt_parameters"] = extra.prompt_parameters.astype(int)
     return table.join(extra.round(3).astype(object)).fillna("")
@@ -115,7 +116,8 @@ def statements(
             lines.append(f"The linear probe is more accurate than logistic regression on raw pixels ({bar:.1f} %) on "
                          f"{(gains > 0).sum()} of {len(gains)} backbones, by 2 points or more on {(gains >= 2).sum()}.")
         means = clean.groupby("variant").mean()
-        lines.append(f"The highest mean clean accuracy over the backbones is `{means.idxmax()}`'s, {means.max():.1f} %.\n")
+        best = " and ".join(f"`{name}`" for name in means.index[means == means.max()])
+        lines.append(f"The highest mean clean accuracy over the backbones, {means.max():.1f} %, is that of {best}.\n")
         for variant, method in owners.items():
             references = dict.fromkeys(["linear_probe", method_class(method).baseline])
             for reference in references:
@@ -124,7 +126,8 @@ def statements(
                         lines.append(f"* {against(tested, target, variant, named)}")
         lines.append("")
     lines.append(f"Differences are means over the {len(params.backbones)} backbones; intervals are Student's, 95 %, over "
-                 f"{len(params.train.seeds)} seeds; each seed has its own training and validation pictures.")
+                 f"{len(params.train.seeds)} seeds, each with its own training and validation pictures. They are not corrected for "
+                 f"the number of comparisons and leave out the chance in the choice of the test pictures.")
     return "\n".join(lines)
 
 # %% ../nbs/10_results.ipynb #c21
@@ -146,7 +149,7 @@ def save_figure(
 def robustness_curves(
     tested: pd.DataFrame,
     target: str,
-    corruption: str = "gaussian_noise",
+    corruption: str = "gaussian",
 ) -> plt.Figure:
     "Accuracy against the level of one noise, one panel a backbone; bars span the seeds."
     chosen = tested[(tested.target == target) & tested.corruption.isin(["clean", corruption])]

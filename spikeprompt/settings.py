@@ -10,7 +10,7 @@ __all__ = ['here', 'root', 'SettingsError', 'Settings', 'complaint', 'parse', 'T
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
 
 # %% ../nbs/00_settings.ipynb #c05
 here = Path.cwd()
@@ -65,14 +65,15 @@ class TargetSettings(Settings):
 # %% ../nbs/00_settings.ipynb #c18
 class TrainSettings(Settings):
     "What every method shares in training: same pictures, same steps, same schedule, same head."
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="one run each: split, initialisation and order of the pictures")
+    seeds: list[NonNegativeInt] = Field([0, 1, 2], min_length=1,
+                                       description="one run each: split, initialisation and order of the pictures")
     epochs: int = Field(8, ge=1, description="passes over the training pictures")
     batch_size: int = Field(64, ge=2, description="pictures a step")
     head_lr: float = Field(0.001, gt=0, description="peak learning rate of the linear head")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the head's weights")
-    probe_c: list[float] = Field([0.001, 0.01, 0.1, 1.0], min_length=1,
+    probe_c: list[PositiveFloat] = Field([0.001, 0.01, 0.1, 1.0], min_length=1,
                                  description="inverse L2 strengths of the linear probe; validation picks one")
-    mixed_precision: str = Field("no", pattern="^(no|bf16|fp16)$", description="Accelerate's mixed precision")
+    mixed_precision: str = Field("fp32", pattern="^(fp32|bf16|fp16)$", description="fp32, or Accelerate's mixed precision")
     weights: str = Field("spikeprompt/weights", description="folder of <timm name>.safetensors, relative to the project or absolute")
 
 # %% ../nbs/00_settings.ipynb #c19

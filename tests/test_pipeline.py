@@ -12,7 +12,7 @@ from spikeprompt.settings import root
 TINY = {
     "backbones": ["pocket_vit"],
     "methods": ["linear_probe", "lorsp", "spike_nvpt"],
-    "targets": {"digits": {"folder": "", "n_train": 64, "n_val": 32, "n_test": 48}},
+    "targets": {"digits": {"n_train": 64, "n_val": 32, "n_test": 48}},
     "variants": {"lorsp": {"lorsp_k1": {"rank": 1}, "lorsp_k2": {"rank": 2}}},
 }
 
@@ -57,7 +57,7 @@ def test_scores(copy):
     folder, _ = copy
     noise = json.loads((folder / "results/scores/noise-lorsp.json").read_text())["pocket_vit"]["digits"]
     assert set(noise) == {"lorsp_k1", "lorsp_k2"} and set(noise["lorsp_k1"]) == {"0", "1"}
-    assert set(noise["lorsp_k1"]["0"]) == {"clean", "gaussian_noise", "shot_noise"}
+    assert set(noise["lorsp_k1"]["0"]) == {"clean", "gaussian", "shot_noise"}
     train = json.loads((folder / "results/scores/train-pocket_vit-lorsp.json").read_text())["digits"]
     assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64 + 3 * 2 + 1
     probe = json.loads((folder / "results/scores/noise-linear_probe.json").read_text())["pocket_vit"]["digits"]["linear_probe"]
@@ -108,9 +108,20 @@ def test_one_methods_settings_run_that_method_alone(copy):
     assert names == {"train@pocket_vit-spike_nvpt"}
 
 
+def test_dvc_exp_run_changes_a_parameter(copy):
+    folder, _ = copy
+    for command in (["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    tried = call(folder, "dvc", "exp", "run", "-S", "robustness.severities=[2]", "-S", "robustness.sigmas=[0.2]")
+    assert tried.returncode == 0, tried.stdout[-2000:] + tried.stderr[-2000:]
+    assert "Running stage 'robustness@lorsp'" in tried.stdout and "Running stage 'train" not in tried.stdout
+    noise = json.loads((folder / "results/scores/noise-lorsp.json").read_text())["pocket_vit"]["digits"]["lorsp_k1"]["0"]
+    assert list(noise["gaussian"]) == ["0.2"] and list(noise["shot_noise"]) == ["2"]
+
+
 @pytest.mark.parametrize("sections, said", [
     ({"backbones": ["pocket_resnt"]}, "backbones = 'pocket_resnt': allowed are pocket_resnet"),
-    ({"methods": ["lorps"]}, "method 'lorps': allowed are"),
+    ({"methods": ["linear_probe", "lorps"]}, "method 'lorps': allowed are"),
     ({"variants": {"lorsp": {"lorsp": {"rank": -1}}}}, "variants.lorsp.lorsp.rank = -1: input should be greater than or equal to 1"),
     ({"robustness": {"sigmas": [3.0]}}, "robustness.sigmas = 3.0: allowed are"),
     ({"train": {"epochs": "six"}}, "train.epochs = 'six': input should be a valid integer"),
@@ -125,5 +136,4 @@ def test_a_wrong_parameter_stops_before_any_training(copy, sections, said):
     assert refused.returncode != 0 and "Running stage 'train" not in refused.stdout
     lines = [line for line in refused.stderr.splitlines() if line.startswith("params.yaml: ")]
     assert len(lines) == 1 and said in lines[0]
-    assert {name: text for name, text in state(folder).items() if "settings" not in str(name)} == \
-        {name: text for name, text in before.items() if "settings" not in str(name)}
+    assert state(folder) == before

@@ -8,7 +8,9 @@ import nbformat
 import pytest
 import yaml
 
+from spikeprompt.backbones import create_backbone
 from spikeprompt.pocket import pocket_names
+from spikeprompt.prompts import token_places
 from spikeprompt.settings import root
 
 STAGES = sorted((root / "nbs/pipeline").glob("*.ipynb"))
@@ -47,10 +49,14 @@ def test_params_have_a_score_for_every_run():
 def test_learning_rates_are_those_that_the_sweep_found_best():
     params = yaml.safe_load((root / "params.yaml").read_text())
     swept = json.loads((root / "studies/sweep/scores.json").read_text())
+    frames = [name for name in params["backbones"] if not token_places(create_backbone(name))]
     for variants in params["variants"].values():
         for name, settings in variants.items():
-            means = {float(lr): sum(scores.values()) / len(scores) for lr, scores in swept[name].items()}
-            assert settings["lr"] == max(means, key=means.get), f"{name}: {means}"
+            for rate in {"lr", "frame_lr"} & set(settings):
+                # tokens and frames have a rate each, pixel patterns one for all backbones
+                chosen = [b for b in params["backbones"] if "frame_lr" not in settings or (b in frames) == (rate == "frame_lr")]
+                means = {float(lr): sum(scores[b] for b in chosen) for lr, scores in swept[name].items()}
+                assert settings[rate] == max(means, key=means.get), f"{name}.{rate}: {means}"
 
 
 def test_tracked_files_are_small_and_name_no_lock():
@@ -65,5 +71,11 @@ def test_pocket_weights_are_small_and_those_of_their_card(name):
     content = (root / f"spikeprompt/weights/{name}.safetensors").read_bytes()
     card = json.loads((root / f"spikeprompt/weights/{name}.json").read_text())
     assert len(content) < 3e6 and hashlib.sha256(content).hexdigest() == card["sha256"]
-    probes = card["probes"]["fashion_mnist"]
-    assert probes["pretrained"]["test"] > probes["pixels"]["test"]
+
+
+def test_pretraining_pays_on_every_backbone():
+    gains = []
+    for name in pocket_names:
+        probes = json.loads((root / f"spikeprompt/weights/{name}.json").read_text())["probes"]["fashion_mnist"]
+        gains.append(probes["pretrained"]["test"] - probes["pixels"]["test"])
+    assert min(gains) > 0 and sum(gain >= 2 for gain in gains) >= 3, gains

@@ -11,18 +11,15 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..prompts import Prompt, PromptConfig, register_method
+from ..prompts import Prompt, PromptConfig, draw_pictures, register_method
 
-# %% ../../nbs/methods/lor_vp.ipynb #c03
-import matplotlib.pyplot as plt
-
-# %% ../../nbs/methods/lor_vp.ipynb #c06
+# %% ../../nbs/methods/lor_vp.ipynb #c05
 class LoRVPConfig(PromptConfig):
     "Settings of LoR-VP."
     rank: int = Field(4, ge=1, description="r, columns of B")
     lr: float = Field(0.01, gt=0, description="peak learning rate of A and B")
 
-# %% ../../nbs/methods/lor_vp.ipynb #c07
+# %% ../../nbs/methods/lor_vp.ipynb #c06
 @register_method("lor_vp")
 class LoRVP(Prompt):
     "A low-rank pattern added to the pixels (LoR-VP, arXiv 2502.00896)."
@@ -30,6 +27,7 @@ class LoRVP(Prompt):
 
     def __init__(self, config: LoRVPConfig, backbone: Backbone):
         super().__init__()
+        self.lr = config.lr
         H, W = backbone.input_size
         self.B = nn.Parameter(torch.zeros(3, H, config.rank))
         self.A = nn.Parameter(0.01 * torch.randn(3, config.rank, W))
@@ -47,10 +45,5 @@ class LoRVP(Prompt):
 
     @torch.no_grad()
     def picture(self, images: Tensor):
-        fig, axes = plt.subplots(1, 3, figsize=(6, 2), layout="constrained")
-        P = self.prompt().cpu()
-        for ax, shown, title in zip(axes, (images[0].cpu(), P, images[0].cpu() + P), ("picture $x$", "prompt $P$", "$x + P$")):
-            low, high = shown.min(), shown.max()
-            ax.imshow(((shown - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0))
-            ax.set_title(title, fontsize=9); ax.axis("off")
-        return fig
+        P = self.prompt()
+        return draw_pictures({"picture $x$": images[0], "prompt $P$": P, "$x + P$": images[0] + P})

@@ -55,11 +55,11 @@ class LoRSP(Prompt):
     def __init__(self, config: LoRSPConfig, backbone: Backbone):
         super().__init__()
         H, W = backbone.input_size
-        self.config = config
+        self.config, self.lr = config, config.lr
         self.b = nn.Parameter(torch.randn(3, config.rank, H))
         self.a = nn.Parameter(torch.randn(3, config.rank, W))
         self.alpha = nn.Parameter(torch.full((3, config.rank), config.alpha))
-        self.gain = nn.Parameter(torch.tensor(config.gain))
+        self.gain = nn.Parameter(torch.tensor(config.gain), requires_grad=config.gain > 0)  # g = 0 stays static
         for side in "b", "a":
             self.register_buffer(f"threshold_{side}", torch.ones(config.rank, 3))
 

@@ -6,16 +6,16 @@
 __all__ = ['SpikeNVPTConfig', 'signal_filtering_layer', 'spike_discretization_unit', 'init_latent', 'token_scales', 'SpikeNVPT']
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c02
+from math import ceil
 from statistics import NormalDist
 
-import matplotlib.pyplot as plt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..neurons import integrate_and_fire
-from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, register_method, token_places
+from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, draw_pictures, draw_tokens, register_method, token_places
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c04
 class SpikeNVPTConfig(PromptConfig):
@@ -26,7 +26,8 @@ class SpikeNVPTConfig(PromptConfig):
     sigma: float = Field(0.5, ge=0, description="noise on the current at the start of training; falls linearly to 0")
     kappa: float = Field(0.5, gt=0, le=1, description="rate at which the Spike Discretization Unit gives a one")
     density: float = Field(0.2, gt=0, lt=1, description="share of ones at the start")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of the latent and the frame's colours")
+    lr: float = Field(0.1, gt=0, description="peak learning rate of the token latents")
+    frame_lr: float = Field(0.1, gt=0, description="peak learning rate of the frame, on backbones without tokens")
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c06
 def signal_filtering_layer(
@@ -53,19 +54,21 @@ def init_latent(
     shape: tuple[int, ...],
     density: float,          # wanted share of ones
     kappa: float,            # threshold of the Spike Discretization Unit
+    timesteps: int,          # T: a rate is a multiple of 1/T
 ) -> Tensor:
     "Draw a latent whose bits have a given density."
-    return torch.randn(shape) + kappa + NormalDist().inv_cdf(density)
+    needed = ceil(kappa * timesteps) / timesteps  # the smallest current that gives a one
+    return torch.randn(shape) + needed + NormalDist().inv_cdf(density)
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c15
 @torch.no_grad()
 def token_scales(
     backbone: Backbone,
     images: Tensor,  # [B, 3, H, W] in [0, 1]
-) -> list[float]:    # root mean square of the tokens entering each place
-    "How loud the pretrained tokens are at each block."
-    scales = []
-    listen = lambda _, args: scales.append(args[0].float().square().mean().sqrt().item())
+) -> list[float]:    # root mean square of the patch tokens entering each place
+    "How loud the pretrained patch tokens are at each block."
+    scales, prefix = [], getattr(backbone.model, "num_prefix_tokens", 0)
+    listen = lambda _, args: scales.append(args[0][:, prefix:].float().square().mean().sqrt().item())
     hooks = [block.register_forward_pre_hook(listen) for block, _ in token_places(backbone)]
     backbone(images)
     for hook in hooks:
@@ -87,7 +90,9 @@ class SpikeNVPT(Prompt):
             self.frame = Frame(backbone.input_size, config.border)
             shapes = [(3, self.frame.num_pixels)]
             self.alpha, self.beta = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.zeros(3, 1))
-        self.latents = nn.ParameterList(nn.Parameter(init_latent(shape, config.density, config.kappa)) for shape in shapes)
+        self.lr = config.frame_lr if self.frame else config.lr
+        draw = lambda shape: init_latent(shape, config.density, config.kappa, config.timesteps)
+        self.latents = nn.ParameterList(nn.Parameter(draw(shape)) for shape in shapes)
 
     def start(self, images: Tensor, backbone: Backbone):
         "Measure how loud the tokens of each block are."
@@ -120,12 +125,7 @@ class SpikeNVPT(Prompt):
     @torch.no_grad()
     def picture(self, images: Tensor):
         if self.frame:
-            fig, ax = plt.subplots(figsize=(2.2, 2.2), layout="constrained")
-            ax.imshow(self.pixels(images[:1])[0].clamp(0, 1).permute(1, 2, 0).cpu()); ax.axis("off")
-            return fig
-        fig, axes = plt.subplots(len(self.latents), 1, figsize=(5, 0.7 * len(self.latents)), layout="constrained")
-        for layer, ax in enumerate(axes):
-            ax.imshow(1 - self.bits(layer).cpu(), cmap="gray", aspect="auto", interpolation="nearest")
-            ax.set(xticks=[], yticks=[], ylabel=layer)
-        fig.supxlabel("width"); fig.supylabel("block")
-        return fig
+            bits = self.frame(torch.zeros_like(images[:1]), self.bits(0))[0]
+            return draw_pictures({"picture": images[0], "bits of the frame": bits, "framed": self.pixels(images[:1])[0]})
+        layers = [[self.rates(layer), self.bits(layer)] for layer in range(len(self.latents))]
+        return draw_tokens(layers, [f"rate $r$ over {self.config.timesteps} steps", "bits $b$"], "gray_r")

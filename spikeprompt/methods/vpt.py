@@ -8,20 +8,20 @@ __all__ = ['VPTConfig', 'VPT']
 # %% ../../nbs/methods/vpt.ipynb #c02
 from math import sqrt
 
-import matplotlib.pyplot as plt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, register_method, token_places
+from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, draw_pictures, draw_tokens, register_method, token_places
 
 # %% ../../nbs/methods/vpt.ipynb #c04
 class VPTConfig(PromptConfig):
     "Settings of VPT-deep."
     tokens: int = Field(10, ge=1, description="p, prompt tokens a block")
     border: int = Field(2, ge=1, description="width in pixels of the frame, on backbones without tokens")
-    lr: float = Field(0.01, gt=0, description="peak learning rate of tokens or frame")
+    lr: float = Field(0.01, gt=0, description="peak learning rate of the tokens")
+    frame_lr: float = Field(0.1, gt=0, description="peak learning rate of the frame, on backbones without tokens")
 
 # %% ../../nbs/methods/vpt.ipynb #c06
 @register_method("vpt")
@@ -39,6 +39,7 @@ class VPT(Prompt):
         else:
             self.frame = Frame(backbone.input_size, config.border)
             shapes, reach = [(3, self.frame.num_pixels)], 0.0
+        self.lr = config.frame_lr if self.frame else config.lr
         self.values = nn.ParameterList(nn.Parameter(torch.empty(shape).uniform_(-reach, reach)) for shape in shapes)
 
     def attach(self, backbone: Backbone):
@@ -51,15 +52,7 @@ class VPT(Prompt):
     def measures(self, images: Tensor) -> dict[str, float]:
         return {"density": torch.cat([(p != 0).float().flatten() for p in self.values]).mean().item()}
 
-    @torch.no_grad()
     def picture(self, images: Tensor):
         if self.frame:
-            fig, ax = plt.subplots(figsize=(2.2, 2.2), layout="constrained")
-            ax.imshow(self.pixels(images[:1])[0].clamp(0, 1).permute(1, 2, 0).cpu()); ax.axis("off")
-            return fig
-        fig, axes = plt.subplots(len(self.values), 1, figsize=(5, 0.7 * len(self.values)), layout="constrained")
-        for layer, (ax, p) in enumerate(zip(axes, self.values)):
-            ax.imshow(p.cpu(), cmap="coolwarm", aspect="auto", interpolation="nearest")
-            ax.set(xticks=[], yticks=[], ylabel=layer)
-        fig.supxlabel("width"); fig.supylabel("block")
-        return fig
+            return draw_pictures({"picture": images[0], "framed": self.pixels(images[:1])[0]})
+        return draw_tokens([[tokens] for tokens in self.values], ["tokens (rows) and their width"], "coolwarm")
