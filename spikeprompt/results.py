@@ -171,7 +171,7 @@ def gains(
     others = runs[runs.variant != reference]
     others = others.assign(gain=others.accuracy - others.set_index(["target", "backbone", "seed", "pictures"]).index.map(zero).to_numpy())
     grid = sns.catplot(others, x="gain", y="variant", hue="backbone", col="pictures", row="target", kind="strip", dodge=True,
-                       height=2.2, aspect=1.5, size=4, sharex="col")
+                       jitter=False, height=2.2, aspect=1.5, size=4, sharex="col")
     for ax in grid.axes.flat:
         ax.axvline(0, color="0.6", lw=0.8, zorder=0)
     grid.set_titles("{row_name}, {col_name}", size=8)

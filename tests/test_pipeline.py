@@ -130,7 +130,8 @@ def test_a_wrong_parameter_stops_before_any_training(copy, sections, said):
     folder, _ = copy
     kept = (folder / "params.yaml").read_text()
     before = state(folder)
-    change(folder, **sections)
+    params = yaml.safe_load(kept)
+    change(folder, **{name: {**params[name], **new} if isinstance(new, dict) else new for name, new in sections.items()})
     refused = call(folder, "dvc", "repro")
     (folder / "params.yaml").write_text(kept)
     assert refused.returncode != 0 and "Running stage 'train" not in refused.stdout
