@@ -52,6 +52,7 @@ def test_learning_rates_are_those_that_the_sweep_found_best():
     frames = [name for name in params["backbones"] if not token_places(create_backbone(name))]
     for variants in params["variants"].values():
         for name, settings in variants.items():
+            assert name in swept, f"{name} has no sweep: run `uv run dvc repro studies/sweep/dvc.yaml`"
             for rate in {"lr", "frame_lr"} & set(settings):
                 # tokens and frames have a rate each, pixel patterns one for all backbones
                 chosen = [b for b in params["backbones"] if "frame_lr" not in settings or (b in frames) == (rate == "frame_lr")]
