@@ -156,10 +156,9 @@ def load_pictures(
 # %% ../nbs/04_data.ipynb #c27
 @dataclass
 class Split:
-    "The pictures of one run, as bytes, three channels, at the backbone's size."
-    train: tuple[Tensor, Tensor]  # uint8 [N, 3, S, S], int64 [N]
+    "What one run learns from: pictures as bytes, and labels."
+    train: tuple[Tensor, Tensor]  # uint8 [N, C, H, W], int64 [N]
     val: tuple[Tensor, Tensor]    # the same, held out of the training part
-    test: tuple[Tensor, Tensor]   # the same for every seed; read once
 
 # %% ../nbs/04_data.ipynb #c28
 def to_size(
@@ -212,14 +211,13 @@ def split(
     seed: int,                 # chooses training and validation pictures
     target: str = "target",    # for error messages
 ) -> Split:
-    "Choose training, validation and test pictures; raises `SettingsError` when there are too few."
+    "Choose training and validation pictures; raises `SettingsError` when there are too few."
     have, wanted = len(pictures.y_train), settings.n_train + settings.n_val
     if wanted > have:
         raise SettingsError(f"targets.{target}.n_train + n_val = {wanted}: allowed are at most {have}, its training part")
     order = stratified_order(pictures.y_train, seed)
     part = lambda chosen: picked(pictures.x_train, pictures.y_train, chosen)
-    return Split(part(order[:settings.n_train]), part(order[settings.n_train:wanted]),
-                 test_pictures(pictures, settings, target))
+    return Split(part(order[:settings.n_train]), part(order[settings.n_train:wanted]))
 
 # %% ../nbs/04_data.ipynb #c38
 def shorten(

@@ -58,6 +58,17 @@ class Prompt(nn.Module):
         "Properties of the prompt worth a column in the table."
         return {}
 
+    @property
+    def stored_bits(self) -> int:
+        "Memory that the deployed prompt takes, in bits; the thresholds of spiking neurons count, training latents do not."
+        return 32 * sum(p.numel() for p in self.parameters())
+
+    def operations(self,
+                   images: Tensor  # [B, 3, H, W] in [0, 1]
+                   ) -> dict[str, float]:  # macs, acs, membrane_updates
+        "What making the deployed prompt costs for each picture, on average; nothing for a static one."
+        return {"macs": 0.0, "acs": 0.0, "membrane_updates": 0.0}
+
     def picture(self,
                 images: Tensor  # [B, 3, H, W] in [0, 1]
                 ):              # a matplotlib figure, or None

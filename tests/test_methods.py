@@ -95,14 +95,14 @@ def trained(request, tmp_path_factory):
     name, method = request.param
     train = TrainSettings(epochs=1, probe_c=[0.01])
     fresh = create_backbone(name)
-    pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64, n_test=32), 0, fresh, "digits")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
     probe = linear_probe(fresh, pixels, train.probe_c)
     config = method_class(method).config_class()
     models = [run(name, method, config, pixels, probe, train, seed, report=lambda line: None)[0] for seed in (0, 0, 1)]
     path = tmp_path_factory.mktemp("run") / "run.safetensors"
     save_run(models[0], path)
     loaded = load_run(path, name, method, config, train.weights)
-    return [outputs(model, pixels.test[0]) for model in (*models, loaded)], fresh, models[0]
+    return [outputs(model, pixels.val[0]) for model in (*models, loaded)], fresh, models[0]
 
 
 def test_same_seed_same_result_to_the_bit(trained):
@@ -120,7 +120,7 @@ def test_training_leaves_the_backbone_as_it_was(trained):
 def test_the_probes_head_goes_through_the_same_loop():
     fresh = create_backbone("pocket_vit")
     train = TrainSettings(epochs=2, probe_c=[0.001])
-    pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64, n_test=32), 0, fresh, "digits")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
     probe = linear_probe(fresh, pixels, train.probe_c)
     method = method_class("linear_probe")
     _, history, record = run("pocket_vit", "linear_probe", method.config_class(), pixels, probe, train, 0, report=lambda line: None)
@@ -147,7 +147,7 @@ def test_a_method_that_touches_its_backbone_is_stopped():
             return images + self.p
 
     fresh = create_backbone("pocket_resnet")
-    pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32, n_test=10), 0, fresh, "digits")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32), 0, fresh, "digits")
     D = fresh.num_features
     head = Head(torch.zeros(D), torch.ones(D), torch.zeros(10, D), torch.zeros(10))
     with pytest.raises(RuntimeError, match="'pocket_resnet' changed during training"):

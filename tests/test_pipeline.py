@@ -120,7 +120,7 @@ def test_dvc_exp_run_changes_a_parameter(copy):
 
 
 @pytest.mark.parametrize("sections, said", [
-    ({"backbones": ["pocket_resnt"]}, "backbones = 'pocket_resnt': allowed are pocket_resnet"),
+    ({"backbones": ["pocket_resnt"]}, "backbone 'pocket_resnt': allowed are pocket_resnet"),
     ({"methods": ["linear_probe", "lorps"]}, "method 'lorps': allowed are"),
     ({"variants": {"lorsp": {"lorsp": {"rank": -1}}}}, "variants.lorsp.lorsp.rank = -1: input should be greater than or equal to 1"),
     ({"robustness": {"sigmas": [3.0]}}, "robustness.sigmas = 3.0: allowed are"),

@@ -102,6 +102,22 @@ class LoRSP(Prompt):
         fired = torch.cat([s_b.flatten(), s_a.flatten()]).mean().item()
         return {"density": (self.prompt(images) != 0).float().mean().item(), "firing_rate": fired}
 
+    @property
+    def stored_bits(self) -> int:
+        return super().stored_bits + 32 * (self.threshold_b.numel() + self.threshold_a.numel())
+
+    @torch.no_grad()
+    def operations(self, images: Tensor) -> dict[str, float]:
+        if not self.config.gain:
+            return super().operations(images)
+        (H, W), K = images.shape[-2:], self.config.rank
+        s_b, s_a = self.spikes(images)
+        products = (s_b.sum(-1) * s_a.sum(-1)).sum((0, 2)).mean().item()  # pairs of a row and a column that both fired
+        seen = min(H, self.config.pooled) * min(W, self.config.pooled)
+        currents = 3 * K * (2 * seen + H + W)  # both products with the picture, then times g
+        return {"macs": currents + products, "acs": 3 * H * W * self.measures(images)["density"],
+                "membrane_updates": 3 * K * (H + W)}
+
     @torch.no_grad()
     def picture(self, images: Tensor):
         images = images[:4]

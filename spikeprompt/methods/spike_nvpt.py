@@ -122,6 +122,11 @@ class SpikeNVPT(Prompt):
         return {"density": torch.cat([self.bits(layer).flatten() for layer in everywhere]).mean().item(),
                 "firing_rate": torch.cat([self.rates(layer).flatten() for layer in everywhere]).mean().item()}
 
+    @property
+    def stored_bits(self) -> int:
+        scales = self.alpha.numel() + self.beta.numel() if self.frame else self.scale.numel()
+        return sum(latent.numel() for latent in self.latents) + 32 * scales
+
     @torch.no_grad()
     def picture(self, images: Tensor):
         if self.frame:
