@@ -81,7 +81,7 @@ class RobustnessSettings(Settings):
     "Which noise the test pictures get."
     seed: int = Field(0, ge=0, description="seed of every corruption")
     sigmas: list[float] = Field([0.05, 0.1, 0.2, 0.3], description="free Gaussian noise, standard deviation on [0, 1] pixels")
-    corruptions: list[str] = Field(["shot_noise", "impulse_noise", "speckle_noise"], description="names of the noise family")
+    corruptions: list[str] = Field(["shot_noise", "impulse_noise", "speckle_noise"], description="names of corruptions")
     severities: list[int] = Field([1, 2, 3, 4, 5], description="severities of the named corruptions, 1 to 5")
     table: str = Field("cifar_c", pattern="^(cifar_c|imagenet_c)$", description="table of the severities' constants")
 
