@@ -54,6 +54,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'spikeprompt.energy.footprint': ('energy.html#footprint', 'spikeprompt/energy.py'),
                                     'spikeprompt.energy.picojoules': ('energy.html#picojoules', 'spikeprompt/energy.py'),
                                     'spikeprompt.energy.quantised_twin': ('energy.html#quantised_twin', 'spikeprompt/energy.py'),
+                                    'spikeprompt.energy.read_pj': ('energy.html#read_pj', 'spikeprompt/energy.py'),
                                     'spikeprompt.energy.unprompted': ('energy.html#unprompted', 'spikeprompt/energy.py')},
             'spikeprompt.experiments': { 'spikeprompt.experiments.Params': ('experiments.html#params', 'spikeprompt/experiments.py'),
                                          'spikeprompt.experiments.check_params': ( 'experiments.html#check_params',

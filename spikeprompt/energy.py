@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRODUCT', 'ENERGY_PJ', 'WORD_PJ', 'MAC_PJ', 'AC_PJ', 'MEMBRANE_PJ', 'Watch', 'batch_macs', 'count_macs', 'picojoules',
-           'unprompted', 'footprint', 'quantised_twin']
+           'unprompted', 'footprint', 'read_pj', 'quantised_twin']
 
 # %% ../nbs/14_energy.ipynb #c02
 import re
@@ -116,6 +116,14 @@ def footprint(
             "prompt_pj": prompt_pj, "system_pj": system_pj, "prompt_percent": 100 * prompt_pj / system_pj}
 
 # %% ../nbs/14_energy.ipynb #c39
+def read_pj(
+    stored: int,  # bytes that the memory has to hold
+) -> float:       # pJ for 32 bits
+    "Energy of reading a word from the smallest memory that is large enough."
+    sizes = {8: "sram_8kb", 32: "sram_32kb", 1024: "sram_1mb"}
+    return ENERGY_PJ[next((name for kilobytes, name in sizes.items() if stored <= 1024 * kilobytes), "dram_low")] / 2
+
+# %% ../nbs/14_energy.ipynb #c41
 @torch.no_grad()
 def quantised_twin(
     prompt: Prompt,     # a `LoRSP` with g > 0
@@ -130,10 +138,11 @@ def quantised_twin(
     ever_pairs = (ever_rows * ever_columns).sum(-1).mean().item()
     ever = (ever_rows + ever_columns).sum(-1).mean().item()
     entries = sum(s[0, 0].numel() for s in fired)  # rows and columns of all channels
-    made = prompt.operations(images)
+    made, multiply = prompt.operations(images), ENERGY_PJ["fp32_mul"]
     currents, bit = made["macs"] - pairs, 2 * WORD_PJ / 32  # a bit written and read
+    products = min(K * ever_pairs * (MAC_PJ + WORD_PJ) + K * ever * multiply,
+                   ever_pairs * (2 * multiply + read_pj(4 * images[0].numel())))
     return {"firing_rate": prompt.measures(images)["firing_rate"],
             "spiking": picojoules(**made) + pairs * WORD_PJ + K * entries * bit,
-            "counted": picojoules(macs=currents + K * ever_pairs, acs=ever_pairs + (K + bits) * entries)
-                       + K * ever * ENERGY_PJ["fp32_mul"] + K * ever_pairs * WORD_PJ + bits * entries * bit,
+            "counted": picojoules(currents, ever_pairs + (K + bits) * entries) + products + bits * entries * bit,
             "gated": picojoules(macs=made["macs"], acs=made["acs"] + K * entries) + pairs * WORD_PJ + K * entries * bit}

@@ -189,7 +189,7 @@ def test_twins_without_membranes(images):
     prompt.threshold_a.zero_()
     twin, made = quantised_twin(prompt, images), prompt.operations(images)
     assert twin["firing_rate"] == 1
-    multiplied = 768 * 3.7          # each entry of each factor times its gate
-    asked = (4 + 3) * 192 * 0.9     # additions and comparisons of each row and column
-    traffic = 5 * 4 * 3 * 32 * 32 + 3 * 192 * 10 / 32
-    assert twin["counted"] == pytest.approx(picojoules(made["macs"], made["acs"]) + multiplied + asked + traffic)
+    scaled = 3 * 32 * 32 * (2 * 3.7 + 10)  # the stored pattern, from 32 KB, times both values
+    asked = (4 + 3) * 192 * 0.9            # additions and comparisons of each row and column
+    currents = made["macs"] - 4 * 3 * 32 * 32
+    assert twin["counted"] == pytest.approx(picojoules(currents, made["acs"]) + scaled + asked + 3 * 192 * 10 / 32)
