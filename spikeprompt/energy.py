@@ -115,7 +115,7 @@ def footprint(
             "membrane_updates": made["membrane_updates"], "backbone_macs": backbone_macs, "prompt_macs": prompt_macs,
             "prompt_pj": prompt_pj, "system_pj": system_pj, "prompt_percent": 100 * prompt_pj / system_pj}
 
-# %% ../nbs/14_energy.ipynb #c39
+# %% ../nbs/14_energy.ipynb #c37
 def read_pj(
     stored: int,  # bytes that the memory has to hold
 ) -> float:       # pJ for 32 bits
@@ -123,7 +123,7 @@ def read_pj(
     sizes = {8: "sram_8kb", 32: "sram_32kb", 1024: "sram_1mb"}
     return ENERGY_PJ[next((name for kilobytes, name in sizes.items() if stored <= 1024 * kilobytes), "dram_low")] / 2
 
-# %% ../nbs/14_energy.ipynb #c41
+# %% ../nbs/14_energy.ipynb #c39
 @torch.no_grad()
 def quantised_twin(
     prompt: Prompt,     # a `LoRSP` with g > 0
@@ -144,5 +144,5 @@ def quantised_twin(
                    ever_pairs * (2 * multiply + read_pj(4 * images[0].numel())))
     return {"firing_rate": prompt.measures(images)["firing_rate"],
             "spiking": picojoules(**made) + pairs * WORD_PJ + K * entries * bit,
-            "counted": picojoules(currents, ever_pairs + (K + bits) * entries) + products + bits * entries * bit,
+            "counted": picojoules(currents, images[0].numel() + ever_pairs + (K + bits) * entries) + products + bits * entries * bit,
             "gated": picojoules(macs=made["macs"], acs=made["acs"] + K * entries) + pairs * WORD_PJ + K * entries * bit}

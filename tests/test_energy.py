@@ -113,9 +113,10 @@ def test_lorsp_operations_by_brute_force(images):
                     pairs += row * column
     assert pairs > 0
     currents = sum(8 * 8 + 32 for _ in range(3 * 3) for _ in "ba")  # a product with the pooled picture, then times g
+    statistics = 3 * 32 * 32  # a square for the variance and an addition for the pooled mean
     made = prompt.operations(images[:1])
-    assert made["macs"] == pairs + currents
-    assert made["acs"] == pytest.approx((prompt.prompt(images[:1]) != 0).sum().item())
+    assert made["macs"] == statistics + pairs + currents
+    assert made["acs"] == pytest.approx(statistics + (prompt.prompt(images[:1]) != 0).sum().item())
     assert made["membrane_updates"] == s_b.numel() + s_a.numel()
 
 

@@ -115,7 +115,8 @@ class LoRSP(Prompt):
         products = (s_b.sum(-1) * s_a.sum(-1)).sum((0, 2)).mean().item()  # pairs of a row and a column that both fired
         seen = min(H, self.config.pooled) * min(W, self.config.pooled)
         currents = 3 * K * (2 * seen + H + W)  # both products with the picture, then times g
-        return {"macs": currents + products, "acs": 3 * H * W * self.measures(images)["density"],
+        entries = 3 * H * W                    # each is squared for the variance and added for the pooled mean
+        return {"macs": entries + currents + products, "acs": entries * (1 + self.measures(images)["density"]),
                 "membrane_updates": 3 * K * (H + W)}
 
     @torch.no_grad()
