@@ -63,8 +63,9 @@ def intervals(
     for _, part in tested.groupby("target", sort=False):
         groups = {name: np.stack(runs.correct) for name, runs in part.groupby(key, sort=False)}
         hits = np.stack(list(groups.values())).astype(float)
-        low, high = np.quantile(two_level_bootstrap(hits, resamples), [0.025, 0.975], axis=1) if hits.shape[1] > 1 else 2 * [hits.mean((1, 2))]
-        rows += [(*name, *found) for name, found in zip(groups, np.stack([hits.mean((1, 2)), low, high], 1))]
+        means = hits.mean((1, 2))
+        drawn = two_level_bootstrap(hits, resamples) if hits.shape[1] > 1 else means[:, None]  # one seed has no interval
+        rows += [(*name, *found) for name, found in zip(groups, np.stack([means, *np.quantile(drawn, [0.025, 0.975], axis=1)], 1))]
     return pd.DataFrame(rows, columns=[*key, "accuracy", "low", "high"])
 
 # %% ../nbs/15_figures.ipynb #c11

@@ -36,15 +36,15 @@ def calibration_error(
 def pack(
     correct: np.ndarray,  # bool [N]
 ) -> str:
-    "One bit a picture, as base64."
-    return b64encode(np.packbits(correct)).decode()
+    "The number of pictures and one bit for each, as base64."
+    return f"{len(correct)}:{b64encode(np.packbits(correct)).decode()}"
 
 def unpack(
     text: str,  # from `pack`
-    n: int,     # pictures
 ) -> np.ndarray:  # bool [N]
     "The bits of `pack`."
-    return np.unpackbits(np.frombuffer(b64decode(text), np.uint8), count=n).astype(bool)
+    count, bits = text.split(":")
+    return np.unpackbits(np.frombuffer(b64decode(bits), np.uint8), count=int(count)).astype(bool)
 
 # %% ../nbs/12_scores.ipynb #c13
 def score(
@@ -66,12 +66,11 @@ def read_tested(
     for method, variants in params.variants.items():
         record = json.loads((root / folder / f"{prefix}-{method}.json").read_text())
         for backbone in params.backbones:
-            for target, settings in params.targets.items():
+            for target in params.targets:
                 for variant in variants:
                     for seed in params.train.seeds:
                         run = {"target": target, "method": method, "variant": variant, "backbone": backbone, "seed": seed}
-                        rows += [{**run, "corruption": corruption, "level": float(level), **found,
-                                  "correct": unpack(found["correct"], settings.n_test)}
+                        rows += [{**run, "corruption": corruption, "level": float(level), **found, "correct": unpack(found["correct"])}
                                  for corruption, levels in record[backbone][target][variant][str(seed)].items()
                                  for level, found in levels.items()]
     return pd.DataFrame(rows)
@@ -112,8 +111,9 @@ def synthetic_scores(
                     shift = (gain - loss + rng.normal(0, seed_spread)) / 100
                     chance = difficulty + shift * difficulty * (1 - difficulty) / np.mean(difficulty * (1 - difficulty))
                     correct = own < chance
-                    rows.append({"target": "toy", "method": variant, "variant": variant, "backbone": f"backbone {backbone}", "seed": seed,
-                                 "corruption": corruption, "level": float(level), "accuracy": correct.mean(), "ece": 0.05, "correct": correct})
+                    rows.append({"target": "toy", "method": variant, "variant": variant, "backbone": f"backbone {backbone}",
+                                 "seed": seed, "corruption": corruption, "level": float(level), "accuracy": correct.mean(),
+                                 "ece": 0.05, "correct": correct})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_scores.ipynb #c22

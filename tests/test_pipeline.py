@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 
+import pandas as pd
 import pytest
 import yaml
 
+from spikeprompt.scores import unpack
 from spikeprompt.settings import root
 
 TINY = {
@@ -61,10 +63,27 @@ def test_scores(copy):
     train = json.loads((folder / "results/scores/train-pocket_vit-lorsp.json").read_text())["digits"]
     assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64 + 3 * 2 + 1
     probe = json.loads((folder / "results/scores/noise-linear_probe.json").read_text())["pocket_vit"]["digits"]["linear_probe"]
-    assert all(run["clean"]["0"] > 0.5 for run in probe.values())  # ten classes, 64 pictures to learn from
+    accuracies = [run["clean"]["0"]["accuracy"] for run in probe.values()]
+    assert min(accuracies) > 0.5  # ten classes, 64 pictures to learn from
     metrics = json.loads((folder / "results/metrics.json").read_text())["digits"]
-    clean = sum(run["clean"]["0"] for run in probe.values()) / 2
-    assert metrics["linear_probe"]["clean"] == pytest.approx(100 * clean, abs=0.01)
+    assert metrics["linear_probe"]["clean"] == pytest.approx(50 * sum(accuracies), abs=0.01)
+    sizes = json.loads((folder / "results/scores/footprint-lorsp.json").read_text())["pocket_vit"]["digits"]
+    assert 0 < sizes["lorsp_k1"]["prompt_pj"] < sizes["lorsp_k2"]["prompt_pj"] < 0.05 * sizes["lorsp_k2"]["system_pj"]
+
+
+def test_verdicts_can_be_traced_to_the_scores(copy):
+    folder, _ = copy
+    table = pd.read_csv(folder / "results/verdicts.csv")
+    row = table[(table.variant == "lorsp_k2") & (table.reference == "linear_probe") & (table.pictures == "clean")].iloc[0]
+    accuracies = {}
+    for method, variant in ("lorsp", "lorsp_k2"), ("linear_probe", "linear_probe"):
+        runs = json.loads((folder / f"results/scores/noise-{method}.json").read_text())["pocket_vit"]["digits"][variant]
+        bits = [unpack(run["clean"]["0"]["correct"]) for run in runs.values()]
+        assert [b.mean() for b in bits] == pytest.approx([run["clean"]["0"]["accuracy"] for run in runs.values()])
+        accuracies[variant] = sum(b.mean() for b in bits) / len(bits)
+    assert row.difference == pytest.approx(100 * (accuracies["lorsp_k2"] - accuracies["linear_probe"]), abs=0.01)
+    report = (folder / "results/report.ipynb").read_text()
+    assert all(verdict in report for verdict in table.verdict.unique())
 
 
 def test_the_run_shows_its_epochs(copy):
@@ -76,10 +95,12 @@ def test_the_report_reads(copy):
     folder, _ = copy
     cells = json.loads((folder / "results/report.ipynb").read_text())["cells"]
     text = json.dumps(cells)
-    assert "`lorsp_k2` against `linear_probe`" in text and "logistic regression on raw pixels" in text
+    assert "`lorsp_k2` against `linear_probe`" in text and "Logistic regression on raw pixels" in text
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr"
                    for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"])
-    assert (folder / "results/figures/gains.svg").stat().st_size > 1000
+    for name in "pareto", "digits-robustness", "digits-differences", "digits-prompts":
+        assert (folder / f"results/figures/{name}.svg").stat().st_size > 1000
+        assert (folder / f"results/figures/{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_a_second_repro_does_nothing(copy):
@@ -92,7 +113,7 @@ def test_a_forced_stage_writes_the_same_bytes(copy):
     folder, _ = copy
     before = state(folder)
     lock = (folder / "dvc.lock").read_bytes()
-    forced = call(folder, "dvc", "repro", "-f", "-s", "train@pocket_vit-spike_nvpt", "robustness@spike_nvpt", "figures")
+    forced = call(folder, "dvc", "repro", "-f", "-s", "train@pocket_vit-spike_nvpt", "robustness@spike_nvpt", "figures", "report")
     assert forced.returncode == 0, forced.stdout[-2000:] + forced.stderr[-2000:]
     assert state(folder) == before and (folder / "dvc.lock").read_bytes() == lock
 
