@@ -92,7 +92,7 @@ def robustness_curves(
         row[0].set_ylabel(f"{corruption.replace('_', ' ')}\naccuracy (%)")
     for ax, backbone in zip(axes[0], backbones):
         ax.set_title(backbone)
-    fig.supxlabel("noise level: σ, or severity; 0 is clean", fontsize=7)
+    fig.supxlabel("level: σ, severity or ε; 0 is clean", fontsize=7)
     fig.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(look))
     return fig
 
