@@ -5,13 +5,17 @@ import shutil
 import subprocess
 
 import nbformat
+import pandas as pd
 import pytest
 import yaml
 
 from spikeprompt.backbones import create_backbone
+from spikeprompt.experiments import check_params
 from spikeprompt.pocket import pocket_names
 from spikeprompt.prompts import token_places
-from spikeprompt.settings import root
+from spikeprompt.scores import read_tested
+from spikeprompt.settings import read_params, root
+from spikeprompt.statistics import compare, pairs, sentence
 
 STAGES = sorted((root / "nbs/pipeline").glob("*.ipynb"))
 
@@ -44,6 +48,18 @@ def test_params_have_a_score_for_every_run():
             for runs in record.values():
                 for seeds in runs.values():
                     assert set(seeds) == set(map(str, params["train"]["seeds"]))
+
+
+def test_committed_verdicts_are_those_of_the_committed_scores():
+    params = check_params(read_params())
+    again = compare(read_tested(params), pairs(params))
+    kept = pd.read_csv(root / "results/verdicts.csv")
+    names = ["target", "variant", "reference", "pictures", "verdict"]
+    pd.testing.assert_frame_equal(again[names], kept[names], check_dtype=False)
+    assert (again.difference - kept.difference).abs().max() < 0.01
+    report = (root / "results/report.ipynb").read_text()
+    for _, rows in kept.groupby(["target", "variant", "reference"], sort=False):
+        assert json.dumps(sentence(rows))[1:-1] in report
 
 
 def test_learning_rates_are_those_that_the_sweep_found_best():
