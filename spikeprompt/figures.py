@@ -29,7 +29,7 @@ def style():
              "xtick.major.size": 2.5, "ytick.major.size": 2.5}
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={
         **sizes, **lines, "svg.hashsalt": "spikeprompt", "axes.spines.top": False, "axes.spines.right": False,
-        "legend.frameon": False, "figure.dpi": 160, "pdf.fonttype": 42})
+        "legend.frameon": False, "figure.dpi": 110, "pdf.fonttype": 42})
 
 style()
 
@@ -88,7 +88,7 @@ def robustness_curves(
                 aside = step * 0.09 * (number - (len(look) - 1) / 2)  # so that bars do not hide each other
                 ax.errorbar(part.level + aside, 100 * part.accuracy, 100 * np.stack([part.accuracy - part.low, part.high - part.accuracy]),
                             label=variant, lw=0.8, elinewidth=0.5, ms=2.5, **shown)
-            ax.set_xticks([0, *levels], ["0", *(f"{level:g}" for level in levels)])
+            ax.set_xticks([0, *levels], ["0", *(f"{level:g}".lstrip("0") for level in levels)])
         row[0].set_ylabel(f"{corruption.replace('_', ' ')}\naccuracy (%)")
     for ax, backbone in zip(axes[0], backbones):
         ax.set_title(backbone)
@@ -204,7 +204,8 @@ def gallery(
 ) -> plt.Figure:
     "Pictures side by side, rows and columns named."
     columns = list(dict.fromkeys(name for row in panels.values() for name in row))
-    fig, axes = plt.subplots(len(panels), len(columns), figsize=(min(PAGE, 0.3 + 1.1 * len(columns)), 0.2 + 1.1 * len(panels)),
+    side = min(1.1, (PAGE - 0.3) / len(columns))  # inches
+    fig, axes = plt.subplots(len(panels), len(columns), figsize=(0.3 + side * len(columns), 0.2 + side * len(panels)),
                              layout="constrained", squeeze=False)
     for row, (name, pictures) in zip(axes, panels.items()):
         for ax, column in zip(row, columns):
