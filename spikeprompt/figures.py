@@ -103,7 +103,7 @@ def severity_curves(
 ) -> plt.Figure:
     "Accuracy against severity, one panel a corruption, mean over backbones and seeds."
     noisy = tested[tested.corruption != "clean"]
-    mean = 100 * noisy.groupby(["corruption", "variant", "level"], sort=False).accuracy.mean()
+    mean = 100 * noisy.groupby(["corruption", "variant", "level"]).accuracy.mean()
     names, look = noisy.corruption.unique(), looks(tested.variant)
     rows = -(-len(names) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(PAGE, 0.4 + 1.2 * rows), sharey=True, layout="constrained", squeeze=False)
