@@ -18,7 +18,7 @@ QUICK = {"pgd": {"steps": 4}, "square": {"queries": 20}}
 
 @pytest.fixture(scope="module")
 def digits():
-    settings = TargetSettings(n_train=300, n_val=100, n_test=40)
+    settings = TargetSettings(n_train=300, n_val=40)
     return prepared_split(read_digits(), settings, 0, create_backbone("pocket_resnet"), "digits")
 
 
@@ -49,7 +49,7 @@ class Blind(nn.Module):
 @pytest.mark.parametrize("method", [LinearProbe, LoRSP])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_pictures_stay_in_the_ball_and_parameters_get_no_gradient(models, digits, method, name):
-    model, (images, labels) = models[method], (digits.test[0][:8], digits.test[1][:8])
+    model, (images, labels) = models[method], (digits.val[0][:8], digits.val[1][:8])
     found = attack(model, name, images, labels, 0.1, **QUICK.get(name, {}))
     change = (found - as_input(images)).abs()
     assert 0.09 < change.max() <= 0.1 + 1e-6
@@ -59,13 +59,13 @@ def test_pictures_stay_in_the_ball_and_parameters_get_no_gradient(models, digits
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_epsilon_zero_changes_nothing(models, digits, name):
-    images, labels = digits.test[0][:8], digits.test[1][:8]
+    images, labels = digits.val[0][:8], digits.val[1][:8]
     assert torch.equal(attack(models[LoRSP], name, images, labels, 0, **QUICK.get(name, {})), as_input(images))
 
 
 @pytest.mark.parametrize("epsilon", [16 / 255, 32 / 255])
 def test_gradients_lower_accuracy_and_steps_lower_it_further(models, digits, epsilon):
-    model, (images, labels) = models[LinearProbe], digits.test
+    model, (images, labels) = models[LinearProbe], digits.val
     clean = accuracy(outputs(model, images), labels)
     fgsm, pgd = (accuracy(attacked(model, name, images, labels, epsilon), labels) for name in ("fgsm", "pgd"))
     assert clean > 0.9
@@ -74,7 +74,7 @@ def test_gradients_lower_accuracy_and_steps_lower_it_further(models, digits, eps
 
 
 def test_square_needs_no_gradients(models, digits):
-    images, labels = digits.test
+    images, labels = digits.val
     blind = Blind(models[LinearProbe])
     with torch.inference_mode():
         found = attacked(blind, "square", images, labels, 48 / 255, queries=60)
@@ -84,7 +84,7 @@ def test_square_needs_no_gradients(models, digits):
 
 
 def test_square_queries_only_what_is_not_yet_misclassified(models, digits):
-    images, labels = digits.test
+    images, labels = digits.val
     asked = []
 
     class Counted(Blind):
@@ -117,7 +117,7 @@ def test_pgd_starts_anywhere_in_the_ball(models):
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_batches_do_not_matter(models, digits, name):
-    images, labels, options = digits.test[0][:12], digits.test[1][:12], QUICK.get(name, {})
+    images, labels, options = digits.val[0][:12], digits.val[1][:12], QUICK.get(name, {})
     one = attacked(models[LinearProbe], name, images, labels, 0.1, **options)
     parts = attacked(models[LinearProbe], name, images, labels, 0.1, batch_size=5, **options)
     assert (one - parts).abs().max() < 1e-2 * one.abs().max()
@@ -125,7 +125,7 @@ def test_batches_do_not_matter(models, digits, name):
 
 @pytest.mark.parametrize("name", ["pgd", "square"])
 def test_the_seed_fixes_chance(models, digits, name):
-    images, labels = digits.test[0][:6], digits.test[1][:6]
+    images, labels = digits.val[0][:6], digits.val[1][:6]
     first, again, other = (attack(models[LoRSP], name, images, labels, 0.1, seed, **QUICK[name]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -151,4 +151,4 @@ def test_a_wrong_epsilon_is_named(epsilon):
     ("square", {"queries": 0}, "queries = 0"), ("square", {"p": 1.5}, "p = 1.5")])
 def test_wrong_options_are_named(models, digits, name, options, said):
     with pytest.raises(SettingsError, match=said):
-        attack(models[LinearProbe], name, digits.test[0][:2], digits.test[1][:2], 0.1, **options)
+        attack(models[LinearProbe], name, digits.val[0][:2], digits.val[1][:2], 0.1, **options)
