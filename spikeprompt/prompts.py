@@ -52,6 +52,13 @@ class Prompt(nn.Module):
               ):
         "Set what depends on the data, once, before training."
 
+    def pattern(self) -> Tensor | None:
+        "The pattern [3, H, W] that every picture gets; None where the prompt depends on the picture or is no pattern."
+
+    def penalty(self) -> Tensor | float:
+        "What training adds to the loss of the last batch."
+        return 0.0
+
     def measures(self,
                  images: Tensor       # [B, 3, H, W] in [0, 1]
                  ) -> dict[str, float]:  # e.g. density, firing_rate

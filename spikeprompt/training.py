@@ -155,7 +155,7 @@ def train_prompt(
         losses = []
         for images, labels in batches:
             prompt.progress = schedule.last_epoch / steps
-            loss = cross_entropy(trained(as_input(images)), labels)
+            loss = cross_entropy(trained(as_input(images)), labels) + prompt.penalty()
             accelerator.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

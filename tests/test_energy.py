@@ -142,7 +142,7 @@ def test_a_static_pixel_prompt_folds_into_the_mean(images):
     model = prompted("pocket_resnet", "lor_vp", images)
     nn.init.normal_(model.prompt.B)
     folded = create_backbone("pocket_resnet")
-    folded.mean = folded.mean - model.prompt.prompt().detach()
+    folded.mean = folded.mean - model.prompt.pattern().detach()
     with torch.no_grad():
         assert torch.allclose(folded(images), model.backbone(model.prompt.pixels(images)), atol=1e-4)
     assert count_macs(folded, images) == count_macs(model.backbone, images)

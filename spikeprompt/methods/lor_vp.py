@@ -32,18 +32,18 @@ class LoRVP(Prompt):
         self.B = nn.Parameter(torch.zeros(3, H, config.rank))
         self.A = nn.Parameter(0.01 * torch.randn(3, config.rank, W))
 
-    def prompt(self) -> Tensor:  # P [3, H, W]
+    def pattern(self) -> Tensor:  # P [3, H, W]
         "The pattern."
         return self.B @ self.A
 
     def pixels(self, images: Tensor) -> Tensor:
-        return images + self.prompt()
+        return images + self.pattern()
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
-        return {"density": (self.prompt() != 0).float().mean().item()}
+        return {"density": (self.pattern() != 0).float().mean().item()}
 
     @torch.no_grad()
     def picture(self, images: Tensor):
-        P = self.prompt()
+        P = self.pattern()
         return draw_pictures({"picture $x$": images[0], "prompt $P$": P, "$x + P$": images[0] + P})
