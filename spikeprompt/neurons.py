@@ -35,15 +35,14 @@ def constant_current_rate(
 def two_sided_integrate_and_fire(
     current: Tensor,      # I `[T, ...]`, time first
     v_threshold: Tensor,  # θ_t > 0 `[T, ...]`, broadcast against one step of the current
-    alpha: float = 2.0,   # sharpness of the ATan surrogate gradient
+    surrogate_function: surrogate.SurrogateFunctionBase = surrogate.ATan(alpha=2.0),  # spikingjelly's: the spike's gradient
 ) -> Tensor:              # spikes in {0, 1} `[T, ...]`, fp32
     "Integrate-and-fire on the membrane's magnitude, soft reset toward zero, one threshold a step."
-    fire = surrogate.ATan(alpha=alpha)
     with torch.autocast(current.device.type, enabled=False):
         membrane, spikes = torch.zeros_like(current[0], dtype=torch.float32), []
         for step, threshold in zip(current.float(), v_threshold):
             membrane = membrane + step
-            spikes.append(fire(membrane.abs() - threshold))
+            spikes.append(surrogate_function(membrane.abs() - threshold))
             membrane = membrane - membrane.sign() * threshold * spikes[-1]
         return torch.stack(spikes)
 
