@@ -125,8 +125,7 @@ def attack(
         raise SettingsError(f"attack = {name!r}: allowed are {', '.join(ATTACKS)}")
     device = next(model.eval().parameters()).device
     generators = [picture_generator(seed, name, float(epsilon), first + number) for number in range(len(images))]
-    pixels = as_input(images.to(device)) if images.dtype == torch.uint8 else images.to(device)
-    return ATTACKS[name](model, pixels, labels.to(device), epsilon, generators, **options)
+    return ATTACKS[name](model, as_input(images.to(device)), labels.to(device), epsilon, generators, **options)
 
 # %% ../nbs/10_attacks.ipynb #c25
 def attacked(

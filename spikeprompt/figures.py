@@ -31,8 +31,6 @@ def style():
         **sizes, **lines, "svg.hashsalt": "spikeprompt", "axes.spines.top": False, "axes.spines.right": False,
         "legend.frameon": False, "figure.dpi": 110, "pdf.fonttype": 42})
 
-style()
-
 # %% ../nbs/15_figures.ipynb #c05
 def save_figure(
     figure,             # matplotlib's

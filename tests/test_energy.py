@@ -6,28 +6,13 @@ from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCou
 from torch import nn
 
 from spikeprompt.backbones import create_backbone
-from spikeprompt.data import read_digits
 from spikeprompt.energy import MAC_PJ, MEMBRANE_PJ, count_macs, footprint, picojoules, quantised_twin, unprompted
 from spikeprompt.methods.lorsp import LoRSP, LoRSPConfig
 from spikeprompt.pocket import pocket_names
-from spikeprompt.prompts import Head, PromptedModel, method_class, token_places
+from spikeprompt.prompts import token_places
 
 NAMES = {"prompt_parameters", "deployed_bytes", "system_bytes", "connection_sparsity", "activation_sparsity", "effective_macs",
          "effective_acs", "membrane_updates", "backbone_macs", "prompt_macs", "prompt_pj", "system_pj", "prompt_percent"}
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.from_numpy(read_digits().x_train[:16]).expand(-1, 3, -1, -1) / 255
-
-
-def prompted(name, method, images, **settings):
-    "A model with an untrained prompt and a head of zeros."
-    torch.manual_seed(0)
-    cls, backbone = method_class(method), create_backbone(name)
-    prompt, D = cls(cls.config_class(**settings), backbone), backbone.num_features
-    prompt.start(images, backbone)
-    return PromptedModel(backbone, prompt, Head(torch.zeros(D), torch.ones(D), torch.zeros(10, D), torch.zeros(10)))
 
 
 def spikingjelly(model, images, mode=torch.no_grad):
@@ -102,8 +87,8 @@ def test_an_uncounted_product_is_an_error(model, operator):
         count_macs(model, torch.rand(2, 5, 8))
 
 
-def test_lorsp_operations_by_brute_force(images):
-    prompt = prompted("pocket_resnet", "lorsp", images, rank=3, pooled=8).prompt
+def test_lorsp_operations_by_brute_force(prompted, images):
+    prompt = prompted("pocket_resnet", "lorsp", rank=3, pooled=8).prompt
     s_b, s_a = prompt.spikes(images[:1])
     pairs = 0
     for k in range(3):
@@ -122,8 +107,8 @@ def test_lorsp_operations_by_brute_force(images):
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_resnet"])
 @pytest.mark.parametrize("method", ["linear_probe", "lor_vp", "lorsp", "vpt", "spike_nvpt"])
-def test_system_is_backbone_and_prompt(name, method, images):
-    model = prompted(name, method, images)
+def test_system_is_backbone_and_prompt(name, method, prompted, images):
+    model = prompted(name, method)
     cost = footprint(model, images)
     assert set(cost) == NAMES
     assert cost["effective_macs"] == cost["backbone_macs"] + cost["prompt_macs"]
@@ -138,8 +123,8 @@ def test_system_is_backbone_and_prompt(name, method, images):
         assert cost["prompt_macs"] == cost["prompt_pj"] == cost["prompt_percent"] == 0
 
 
-def test_a_static_pixel_prompt_folds_into_the_mean(images):
-    model = prompted("pocket_resnet", "lor_vp", images)
+def test_a_static_pixel_prompt_folds_into_the_mean(prompted, images):
+    model = prompted("pocket_resnet", "lor_vp")
     nn.init.normal_(model.prompt.B)
     folded = create_backbone("pocket_resnet")
     folded.mean = folded.mean - model.prompt.pattern().detach()
@@ -149,30 +134,30 @@ def test_a_static_pixel_prompt_folds_into_the_mean(images):
 
 
 @pytest.mark.parametrize("method", ["vpt", "spike_nvpt"])
-def test_tokens_cost_what_the_closed_form_says(method, images):
+def test_tokens_cost_what_the_closed_form_says(method, prompted, images):
     p, N, D = 10, 17, 128
-    extra = footprint(prompted("pocket_vit", method, images, tokens=p), images)["prompt_macs"]
+    extra = footprint(prompted("pocket_vit", method, tokens=p), images)["prompt_macs"]
     assert extra == 4 * (vit_block(N + p, D) - vit_block(N, D))
 
 
-def test_swin_pays_for_extra_keys_alone(images):
-    model = prompted("pocket_swin", "vpt", images, tokens=10)
+def test_swin_pays_for_extra_keys_alone(prompted, images):
+    model = prompted("pocket_swin", "vpt", tokens=10)
     grids = [16 * 16 // 4**(stage + 1) for stage in range(3) for _ in range(2)]
     widths = [width for _, width in token_places(model.backbone)]
     assert footprint(model, images)["prompt_macs"] == sum(2 * 10 * L * C for L, C in zip(grids, widths, strict=True))
 
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_swin"])
-def test_unprompted_is_the_bare_backbone(name, images):
-    model = prompted(name, "vpt", images)
+def test_unprompted_is_the_bare_backbone(name, prompted, images):
+    model = prompted(name, "vpt")
     with torch.no_grad():
         assert torch.equal(unprompted(model.backbone)(images), create_backbone(name)(images))
         assert not torch.equal(model.backbone(images), create_backbone(name)(images))
 
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_resnet"])
-def test_spike_nvpt_stores_packed_bits_and_scales(name, images):
-    model = prompted(name, "spike_nvpt", images)
+def test_spike_nvpt_stores_packed_bits_and_scales(name, prompted, images):
+    model = prompted(name, "spike_nvpt")
     prompt = model.prompt
     packed = [np.packbits(prompt.bits(layer).detach().numpy() > 0.5) for layer in range(len(prompt.latents))]
     scales = 2 * 3 if prompt.frame else len(prompt.scale)  # α and β a channel, or one a block

@@ -18,21 +18,6 @@ METHODS = ["lor_vp", "lorsp", "vpt", "spike_nvpt"]
 
 
 @pytest.fixture(scope="module")
-def images():
-    return torch.from_numpy(read_digits().x_train[:64]).expand(-1, 3, -1, -1) / 255
-
-
-def prompted(name, method, images, **settings):
-    "A fresh backbone with an untrained prompt on it."
-    torch.manual_seed(0)
-    cls, backbone = method_class(method), create_backbone(name)
-    prompt = cls(cls.config_class(**settings), backbone)
-    prompt.start(images, backbone)
-    prompt.attach(backbone)
-    return prompt, backbone
-
-
-@pytest.fixture(scope="module")
 def backbone_224():
     return Backbone("resnet18", timm.create_model("resnet18"))
 
@@ -55,19 +40,18 @@ def test_lorsp_prompt_is_sparse_and_low_rank_at_224_px(backbone_224, rank, rate)
     assert density == pytest.approx(1 - (1 - rate**2) ** rank, abs=0.02)
 
 
-def test_lorsp_prompts_differ_between_images(images):
-    prompt, _ = prompted("pocket_resnet", "lorsp", images)
-    patterns = prompt.prompt(images[:2])
+def test_lorsp_prompts_differ_between_images(prompted, images):
+    patterns = prompted("pocket_resnet", "lorsp").prompt.prompt(images[:2])
     assert (patterns[0] - patterns[1]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", pocket_names)
 @pytest.mark.parametrize("method", METHODS)
-def test_prompt_parameters_learn_from_the_first_step(name, method, images):
-    prompt, backbone = prompted(name, method, images)
-    backbone(prompt.train().pixels(images)).square().sum().backward()
-    moved = {key: (p.grad != 0).float().mean().item() for key, p in prompt.named_parameters()}
-    assert all(p.grad is None for p in backbone.model.parameters())
+def test_prompt_parameters_learn_from_the_first_step(name, method, prompted, images):
+    model = prompted(name, method)
+    model.backbone(model.prompt.train().pixels(images)).square().sum().backward()
+    moved = {key: (p.grad != 0).float().mean().item() for key, p in model.prompt.named_parameters()}
+    assert all(p.grad is None for p in model.backbone.model.parameters())
     if method == "lor_vp":  # B = 0 by design: A gets its first gradient when B has moved
         assert moved.pop("A") == 0
     assert min(moved.values()) > 0.5, moved
@@ -75,13 +59,12 @@ def test_prompt_parameters_learn_from_the_first_step(name, method, images):
 
 @pytest.mark.parametrize("name", pocket_names)
 @pytest.mark.parametrize("method", METHODS)
-def test_batched_equals_one_by_one(name, method, images):
-    prompt, backbone = prompted(name, method, images)
-    prompt.eval()
-    few = images[:6]
+def test_batched_equals_one_by_one(name, method, prompted, images):
+    model, few = prompted(name, method).eval(), images[:6]
+    features = lambda shown: model.backbone(model.prompt.pixels(shown))
     with torch.no_grad():
-        together = backbone(prompt.pixels(few))
-        alone = torch.cat([backbone(prompt.pixels(image[None])) for image in few])
+        together = features(few)
+        alone = torch.cat([features(image[None]) for image in few])
     assert (together - alone).abs().max() < 1e-4 * together.abs().max().clamp(min=1)
 
 
@@ -154,8 +137,8 @@ def test_a_method_that_touches_its_backbone_is_stopped():
         train_prompt(fresh, Vandal(), head, pixels, TrainSettings(epochs=1), 0, report=lambda line: None)
 
 
-def test_bf16_keeps_the_spikes_in_fp32(images):
-    prompt, _ = prompted("pocket_resnet", "lorsp", images)
+def test_bf16_keeps_the_spikes_in_fp32(prompted, images):
+    prompt = prompted("pocket_resnet", "lorsp").prompt
     with torch.autocast("cpu", torch.bfloat16):
         low = prompt.prompt(images)
     assert torch.equal(low, prompt.prompt(images))
