@@ -28,7 +28,7 @@ class SMMConfig(PromptConfig):
 def mask_network(
     pools: int,        # l, 0 to 4
 ) -> nn.Sequential:    # pictures [B, 3, H, W] to masks [B, 3, H // 2^l, W // 2^l]
-    "The convolutional network f that masks are made by."
+    "The convolutional network f that makes the masks."
     layers = []
     for block, (inner, outer) in enumerate(pairwise((3, 8, 16, 32, 64))):
         layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
