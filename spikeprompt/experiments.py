@@ -4,16 +4,20 @@
 
 # %% auto #0
 __all__ = ['Params', 'distinct', 'names', 'variants_of', 'check_targets', 'check_variants', 'check_params', 'write_settings',
-           'read_settings', 'main', 'prepared_split', 'run', 'save_run', 'load_run']
+           'read_settings', 'main', 'prepared_split', 'run', 'one_thread', 'side_by_side', 'save_run', 'load_run']
 
 # %% ../nbs/09_experiments.ipynb #c02
 import json
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+import torch
 from accelerate.utils import set_seed
+from joblib import Parallel, cpu_count, delayed
+from joblib.externals.loky import get_reusable_executor
 from safetensors.torch import load_file, save_file
 
 from .backbones import Backbone, create_backbone
@@ -21,7 +25,7 @@ from .corruptions import conditions
 from .data import DataError, Pictures, Split, read_target, split, test_pictures, to_size
 from .prompts import Head, PromptedModel, method_class, prompt_parameters
 from .settings import RobustnessSettings, Settings, SettingsError, TargetSettings, TrainSettings, parse, read_params, root
-from .training import as_input, load_trainable_state, train_prompt, trainable_state
+from .training import as_input, default_device, load_trainable_state, train_prompt, trainable_state
 
 # %% ../nbs/09_experiments.ipynb #c05
 @dataclass
@@ -194,6 +198,25 @@ def run(
     return model, history, {**chosen, "prompt_parameters": prompt_parameters(prompt), **measured}
 
 # %% ../nbs/09_experiments.ipynb #c24
+def one_thread(
+    work: Callable,
+    job: tuple,  # its arguments
+):               # what it returns
+    "Do one job on one thread."
+    torch.set_num_threads(1)
+    return work(*job)
+
+# %% ../nbs/09_experiments.ipynb #c25
+def side_by_side(
+    work: Callable,     # what to do for each job; gets its arguments
+    jobs: list[tuple],  # the arguments of each
+) -> Iterator:          # what each returns, in the jobs' order
+    "Do independent jobs in as many processes as there are cores."
+    processes = 1 if default_device() == "cuda" else cpu_count()
+    yield from Parallel(n_jobs=processes, return_as="generator")(delayed(one_thread)(work, job) for job in jobs)
+    get_reusable_executor().shutdown()  # or they outlive a notebook's kernel
+
+# %% ../nbs/09_experiments.ipynb #c28
 def save_run(
     model: PromptedModel,
     path: str | Path,  # .safetensors
@@ -202,7 +225,7 @@ def save_run(
     state = {name: value.detach().cpu().contiguous() for name, value in trainable_state(model).items()}
     save_file(state, path)
 
-# %% ../nbs/09_experiments.ipynb #c25
+# %% ../nbs/09_experiments.ipynb #c29
 def load_run(
     path: str | Path,    # written by `save_run`
     backbone: str,       # timm's name

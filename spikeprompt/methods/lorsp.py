@@ -24,15 +24,16 @@ class LoRSPConfig(PromptConfig):
     "Settings of LoRSP."
     reading: Literal["factor", "pixel", "select", "binary", "static"] = Field("factor", description="what spikes, and what the spikes gate")
     rank: int = Field(4, ge=1, le=64, description="K, pairs of factors a channel, and steps of the neuron")
-    alpha: float = Field(0.2, gt=0, description="initial amplitude of each factor pair, in pixels of [0, 1]")
-    gain: float = Field(0.5, gt=0, description="initial strength g of the image's current; `static` and `pixel` have none")
+    alpha: float = Field(0.2, gt=0, description="amplitude of each factor pair, in pixels of [0, 1]")
+    gain: float = Field(0.5, gt=0, description="strength g of the image's current; `static` and `pixel` have none")
     rate: float = Field(0.3, gt=0, lt=1, description="share of the neurons that fire at each step at the start")
     pooled: int = Field(28, ge=1, description="the picture enters the current at no more than this many pixels a side")
     surrogate: Literal["atan", "sigmoid", "straight_through"] = Field("atan", description="gradient of a spike")
     thresholds: Literal["fixed", "learned"] = Field("fixed", description="after the start")
+    scales: Literal["fixed", "learned"] = Field("fixed", description="amplitudes and gain; fixed leaves 3K(H + W) parameters")
     rate_penalty: float = Field(0.0, ge=0, description="weight of the squared distance between a batch's firing rate and `rate`")
     orthogonality: float = Field(0.0, ge=0, description="weight of the mean squared cosine between factors of a channel")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of factors, amplitudes, gain and learned thresholds")
+    lr: float = Field(0.1, gt=0, description="peak learning rate of all that is learned")
 
 # %% ../../nbs/methods/lorsp.ipynb #c08
 def standardised(
@@ -77,9 +78,10 @@ class LoRSP(Prompt):
         self.config, self.lr = config, config.lr
         self.b = nn.Parameter(torch.randn(3, config.rank, H))
         self.a = nn.Parameter(torch.randn(3, config.rank, W))
-        self.alpha = nn.Parameter(torch.full((3, config.rank), config.alpha))
+        learned = config.scales == "learned"
+        self.alpha = nn.Parameter(torch.full((3, config.rank), config.alpha), requires_grad=learned)
         if config.reading not in ("static", "pixel"):
-            self.gain = nn.Parameter(torch.tensor(config.gain))
+            self.gain = nn.Parameter(torch.tensor(config.gain), requires_grad=learned)
         populations = 1 if config.reading in ("pixel", "select") else 2  # else rows and columns
         self.thresholds = nn.Parameter(torch.ones(populations, config.rank, 3), requires_grad=config.thresholds == "learned")
 
