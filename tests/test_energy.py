@@ -106,7 +106,7 @@ def test_lorsp_operations_by_brute_force(prompted, images):
 
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_resnet"])
-@pytest.mark.parametrize("method", ["linear_probe", "lor_vp", "lorsp", "vpt", "spike_nvpt"])
+@pytest.mark.parametrize("method", ["linear_probe", "lor_vp", "lorsp", "vpt", "spike_nvpt", "smm", "lorsp_random_mask"])
 def test_system_is_backbone_and_prompt(name, method, prompted, images):
     model = prompted(name, method)
     cost = footprint(model, images)
@@ -119,7 +119,7 @@ def test_system_is_backbone_and_prompt(name, method, prompted, images):
         assert cost["activation_sparsity"] == pytest.approx(0.7, abs=0.02)
     else:
         assert cost["membrane_updates"] == cost["effective_acs"] == 0 and np.isnan(cost["activation_sparsity"])
-    if method in ("linear_probe", "lor_vp") or (name == "pocket_resnet" and method != "lorsp"):
+    if method in ("linear_probe", "lor_vp", "lorsp_random_mask") or (name == "pocket_resnet" and method not in ("lorsp", "smm")):
         assert cost["prompt_macs"] == cost["prompt_pj"] == cost["prompt_percent"] == 0
 
 
@@ -171,8 +171,7 @@ def test_twins_without_membranes(images):
     twin = quantised_twin(prompt, images)
     updates = prompt.operations(images)["membrane_updates"]
     assert twin["spiking"] - twin["gated"] == pytest.approx(updates * (MEMBRANE_PJ - 0.9))  # all that the membrane adds
-    prompt.threshold_b.zero_()  # every row and column fires at every step: both skip nothing
-    prompt.threshold_a.zero_()
+    prompt.thresholds.data.zero_()  # every row and column fires at every step: both skip nothing
     twin, made = quantised_twin(prompt, images), prompt.operations(images)
     assert twin["firing_rate"] == 1
     scaled = 3 * 32 * 32 * (2 * 3.7 + 10)  # the stored pattern, from 32 KB, times both values

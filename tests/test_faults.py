@@ -113,9 +113,9 @@ def test_the_generator_fixes_chance(lorsp):
 
 
 def test_a_constant_stays_whole():
-    model = prompted(LoRSP, LoRSPConfig(gain=0), "pocket_resnet")
+    model = prompted(LoRSP, LoRSPConfig(), "pocket_resnet")
     with faulty(model.prompt, "gaussian", 1.0, seeded()):
-        assert model.prompt.gain == 0
+        assert model.prompt.gain == 0.5 and (model.prompt.alpha == model.prompt.config.alpha).all()
 
 
 def test_no_prompt_has_no_faults():

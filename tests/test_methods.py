@@ -14,7 +14,8 @@ from spikeprompt.prompts import method_class, prompt_parameters
 from spikeprompt.settings import TargetSettings, TrainSettings
 from spikeprompt.training import linear_probe, outputs
 
-METHODS = ["lor_vp", "lorsp", "vpt", "spike_nvpt"]
+CONTROLS = ["lorsp_magnitude_mask", "lorsp_no_carry", "lorsp_permuted", "lorsp_random_mask", "smm"]
+METHODS = ["lor_vp", "lorsp", "vpt", "spike_nvpt", *CONTROLS]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def backbone_224():
     return Backbone("resnet18", timm.create_model("resnet18"))
 
 
-@pytest.mark.parametrize("method, rank, count", [(LoRVP, 4, 5376), (LoRSP, 4, 5389), (LoRSP, 2, 2695), (LoRSP, 1, 1348)])
+@pytest.mark.parametrize("method, rank, count", [(LoRVP, 4, 5376), (LoRSP, 4, 5376), (LoRSP, 2, 2688), (LoRSP, 1, 1344)])
 def test_sizes_at_224_px(backbone_224, method, rank, count):
     assert prompt_parameters(method(method.config_class(rank=rank), backbone_224)) == count
 
@@ -40,6 +41,42 @@ def test_lorsp_prompt_is_sparse_and_low_rank_at_224_px(backbone_224, rank, rate)
     assert density == pytest.approx(1 - (1 - rate**2) ** rank, abs=0.02)
 
 
+def test_learned_scales_and_thresholds_are_counted(backbone_224):
+    count = lambda **settings: prompt_parameters(LoRSP(LoRSPConfig(rank=4, **settings), backbone_224))
+    assert count(scales="learned") == 5389 and count(thresholds="learned") == 5376 + 2 * 4 * 3
+    assert count(scales="learned", reading="static") == 5376 + 4 * 3
+
+
+@pytest.mark.parametrize("reading", ["factor", "pixel", "select", "binary", "static"])
+def test_every_reading_trains_and_keeps_what_it_promises(reading, prompted, images):
+    prompt = prompted("pocket_resnet", "lorsp", reading=reading, pooled=8).prompt.train()
+    prompt.pixels(images).square().sum().backward()
+    learned = {name: (p.grad != 0).float().mean().item() for name, p in prompt.named_parameters() if p.requires_grad}
+    assert min(learned.values()) > 0.5, learned
+    P = prompt.eval().prompt(images).detach()
+    rank, density = torch.linalg.matrix_rank(P).max().item(), (P != 0).float().mean().item()
+    assert (rank <= 4) == (reading != "pixel")
+    assert density == pytest.approx(1 - (1 - 0.3**2) ** 4, abs=0.02) if reading in ("factor", "binary", "static") else 0.3 < density < 1
+    assert torch.equal(P[0], P[1]) == (reading == "static")
+
+
+def test_penalties_pull_where_they_should(prompted, images):
+    prompt = prompted("pocket_resnet", "lorsp", rate_penalty=1.0, orthogonality=1.0).prompt.train()
+    with torch.no_grad():
+        prompt.thresholds.mul_(4)  # too few spikes
+    optimizer = torch.optim.Adam([prompt.b, prompt.a], 0.05)
+    found = []
+    for _ in range(30):
+        prompt.pixels(images)
+        loss = prompt.penalty()
+        found.append((loss.item(), prompt.fired.item()))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert found[-1][0] < found[0][0] / 2 and found[-1][1] > found[0][1]
+    assert prompted("pocket_resnet", "lorsp").prompt.penalty() == 0
+
+
 def test_lorsp_prompts_differ_between_images(prompted, images):
     patterns = prompted("pocket_resnet", "lorsp").prompt.prompt(images[:2])
     assert (patterns[0] - patterns[1]).abs().max() > 0.1
@@ -50,10 +87,12 @@ def test_lorsp_prompts_differ_between_images(prompted, images):
 def test_prompt_parameters_learn_from_the_first_step(name, method, prompted, images):
     model = prompted(name, method)
     model.backbone(model.prompt.train().pixels(images)).square().sum().backward()
-    moved = {key: (p.grad != 0).float().mean().item() for key, p in model.prompt.named_parameters()}
+    moved = {key: (p.grad != 0).float().mean().item() for key, p in model.prompt.named_parameters() if p.requires_grad}
     assert all(p.grad is None for p in model.backbone.model.parameters())
     if method == "lor_vp":  # B = 0 by design: A gets its first gradient when B has moved
         assert moved.pop("A") == 0
+    if method == "smm":  # δ = 0 by design, too
+        assert all(moved.pop(key) == 0 for key in [*moved] if key.startswith("network"))
     assert min(moved.values()) > 0.5, moved
 
 
@@ -68,7 +107,8 @@ def test_batched_equals_one_by_one(name, method, prompted, images):
     assert (together - alone).abs().max() < 1e-4 * together.abs().max().clamp(min=1)
 
 
-PAIRS = [*[("pocket_vit", method) for method in METHODS], ("pocket_resnet", "lorsp"), ("pocket_swin", "spike_nvpt"),
+PAIRS = [*[("pocket_vit", method) for method in METHODS if method not in CONTROLS], *[("pocket_resnet", method) for method in CONTROLS],
+         ("pocket_resnet", "lorsp"), ("pocket_swin", "spike_nvpt"),
          ("pocket_convnext", "spike_nvpt"), ("pocket_mixer", "vpt")]
 
 

@@ -61,7 +61,7 @@ def test_scores(copy):
     assert set(noise) == {"lorsp_k1", "lorsp_k2"} and set(noise["lorsp_k1"]) == {"0", "1"}
     assert set(noise["lorsp_k1"]["0"]) == {"clean", "gaussian", "shot_noise"}
     train = json.loads((folder / "results/scores/train-pocket_vit-lorsp.json").read_text())["digits"]
-    assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64 + 3 * 2 + 1
+    assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64
     probe = json.loads((folder / "results/scores/noise-linear_probe.json").read_text())["pocket_vit"]["digits"]["linear_probe"]
     accuracies = [run["clean"]["0"]["accuracy"] for run in probe.values()]
     assert min(accuracies) > 0.5  # ten classes, 64 pictures to learn from
