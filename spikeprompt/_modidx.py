@@ -165,6 +165,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.fire': ( 'methods/lorsp.html#lorsp.fire',
                                                                                      'spikeprompt/methods/lorsp.py'),
+                                           'spikeprompt.methods.lorsp.LoRSP.firing_rate': ( 'methods/lorsp.html#lorsp.firing_rate',
+                                                                                            'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.measures': ( 'methods/lorsp.html#lorsp.measures',
                                                                                          'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.operations': ( 'methods/lorsp.html#lorsp.operations',

@@ -102,7 +102,7 @@ def test_the_prompt_comes_back_whole(spiking, fault, level):
         with faulty(prompt, fault, level, seeded()):
             1 / 0
     assert fingerprint(spiking) == before
-    assert all(p.requires_grad and p.grad is None for p in prompt.parameters())
+    assert all(p.grad is None for p in prompt.parameters())
 
 
 def test_the_generator_fixes_chance(lorsp):

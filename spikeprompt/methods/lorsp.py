@@ -24,11 +24,11 @@ class LoRSPConfig(PromptConfig):
     "Settings of LoRSP."
     reading: Literal["factor", "pixel", "select", "binary", "static"] = Field("factor", description="what spikes, and what the spikes gate")
     rank: int = Field(4, ge=1, le=64, description="K, pairs of factors a channel, and steps of the neuron")
-    alpha: float = Field(0.2, gt=0, description="amplitude of each factor pair, in pixels of [0, 1]")
+    alpha: float = Field(0.05, gt=0, description="amplitude of each factor pair, in pixels of [0, 1]")
     gain: float = Field(0.5, gt=0, description="strength g of the image's current; `static` and `pixel` have none")
     rate: float = Field(0.3, gt=0, lt=1, description="share of the neurons that fire at each step at the start")
     pooled: int = Field(28, ge=1, description="the picture enters the current at no more than this many pixels a side")
-    surrogate: Literal["atan", "sigmoid", "straight_through"] = Field("atan", description="gradient of a spike")
+    surrogate: Literal["atan", "sigmoid", "straight_through"] = Field("straight_through", description="gradient of a spike")
     thresholds: Literal["fixed", "learned"] = Field("fixed", description="after the start")
     scales: Literal["fixed", "learned"] = Field("fixed", description="amplitudes and gain; fixed leaves 3K(H + W) parameters")
     rate_penalty: float = Field(0.0, ge=0, description="weight of the squared distance between a batch's firing rate and `rate`")
@@ -122,6 +122,10 @@ class LoRSP(Prompt):
             return [self.fire(current, threshold.clamp(min=0)[:, None].unflatten(-1, (3, *[1] * (current.dim() - 3))))
                     for current, threshold in zip(self.currents(images.float()), self.thresholds)]
 
+    def firing_rate(self, spikes: list[Tensor]) -> Tensor:  # in [0, 1]
+        "Share of the neurons and steps that fired."
+        return torch.cat([s.flatten() for s in spikes]).mean()
+
     def combine(self, spikes: list[Tensor]) -> Tensor:  # P [B, 3, H, W], fp32
         "The pattern that the spikes let through."
         if self.config.reading == "binary":
@@ -137,7 +141,8 @@ class LoRSP(Prompt):
     def prompt(self, images: Tensor) -> Tensor:  # P [B, 3, H, W], fp32
         "The pattern of each picture."
         spikes = self.spikes(images)
-        self.fired = torch.cat([s.flatten() for s in spikes]).mean()
+        if self.training and self.config.rate_penalty:
+            self.fired = self.firing_rate(spikes)
         with torch.autocast(images.device.type, enabled=False):
             return self.combine(spikes).expand(len(images), -1, -1, -1)
 
@@ -160,7 +165,8 @@ class LoRSP(Prompt):
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
-        return {"density": (self.prompt(images) != 0).float().mean().item(), "firing_rate": self.fired.item()}
+        spikes = self.spikes(images)
+        return {"density": (self.combine(spikes) != 0).float().mean().item(), "firing_rate": self.firing_rate(spikes).item()}
 
     @torch.no_grad()
     def operations(self, images: Tensor) -> dict[str, float]:
