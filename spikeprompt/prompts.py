@@ -173,7 +173,7 @@ def prompt_vit_block(
     "Give one ViT block p extra tokens; its output has none."
     def insert(_, args):
         x, *rest = args
-        prompt = tokens().to(x.dtype).expand(len(x), -1, -1)
+        prompt = tokens().to(x.dtype).expand(x.shape[0], -1, -1)
         return torch.cat([x[:, :prefix], prompt, x[:, prefix:]], 1), *rest
 
     def strip(_, args, x):

@@ -144,7 +144,7 @@ class LoRSP(Prompt):
         if self.training and self.config.rate_penalty:
             self.fired = self.firing_rate(spikes)
         with torch.autocast(images.device.type, enabled=False):
-            return self.combine(spikes).expand(len(images), -1, -1, -1)
+            return self.combine(spikes).expand(images.shape[0], -1, -1, -1)
 
     def pattern(self) -> Tensor | None:
         if self.config.reading == "static":
