@@ -66,11 +66,10 @@ def write_record(
     path.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
 
 def read_record(
-    path: Path,    # `.json`; the file itself may be `.json.gz`
+    path: Path,    # `.json.gz`
 ) -> dict:         # as `write_record` got it
-    "Read scores, gzipped or not."
-    packed = path.with_suffix(".json.gz")
-    return json.loads(gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes())
+    "Read scores."
+    return json.loads(gzip.decompress(path.read_bytes()))
 
 def read_tested(
     params: Params,
@@ -80,7 +79,7 @@ def read_tested(
     "Collect what the models answered on the test pictures."
     rows = []
     for method, variants in params.variants.items():
-        record = read_record(root / folder / f"{prefix}-{method}.json")
+        record = read_record(root / folder / f"{prefix}-{method}.json.gz")
         for backbone in params.backbones:
             for target in params.targets:
                 for variant in variants:

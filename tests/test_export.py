@@ -21,7 +21,7 @@ from spikeprompt.prompts import METHODS, Head, PromptedModel, method_class
 from spikeprompt.settings import SettingsError
 from spikeprompt.training import fit_head, outputs
 
-STATIC = [("lor_vp", {})]  # methods and settings whose prompt is one pattern
+STATIC = [("lor_vp", {}), ("lorsp", {"reading": "static"}), ("lorsp_random_mask", {})]  # methods and settings whose prompt is one pattern
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +199,10 @@ def test_an_exported_prompt_is_its_numbers_and_its_price(K, tmp_path):
     prompt.start(images, backbone)
     record = export_prompt(prompt, tmp_path / "lorsp.safetensors", images)
     assert record == exported_record(tmp_path / "lorsp.safetensors")
-    assert record["parameters"] == 3 * K * (H + W) + 3 * K + 1 == {1: 1348, 2: 2695, 4: 5389}[K]
+    assert record["parameters"] == 3 * K * (H + W) == {1: 1344, 2: 2688, 4: 5376}[K]
     loaded = load_prompt(tmp_path / "lorsp.safetensors")
-    thresholds = 2 * 3 * K
-    assert sum(value.numel() for value in loaded.state_dict().values()) == record["parameters"] + thresholds == record["stored_bits"] / 32
+    fixed = 3 * K + 1 + 2 * 3 * K  # amplitudes, gain, thresholds
+    assert sum(value.numel() for value in loaded.state_dict().values()) == record["parameters"] + fixed == record["stored_bits"] / 32
     assert record["dense_macs"] == 3 * H * W + 3 * K * (2 * q**2 + H + W) + 3 * K * H * W < 1.8e6
     assert {name: record[name] for name in ("macs", "acs", "membrane_updates")} == prompt.operations(images)
     assert record["macs"] < record["dense_macs"] and record["pictures"] == len(images)
@@ -231,7 +231,7 @@ def test_prompts_without_a_file_of_their_own_are_refused(images, tmp_path):
 
 
 TRACED = [*[(name, "lorsp") for name in pocket_names],
-          ("pocket_vit", "lor_vp"), ("pocket_resnet", "vpt"), ("pocket_resnet", "spike_nvpt"), ("pocket_swin", "vpt")]
+          ("pocket_vit", "lor_vp"), ("pocket_vit", "vpt"), ("pocket_vit", "spike_nvpt"), ("pocket_resnet", "smm"), ("pocket_resnet", "vpt"), ("pocket_resnet", "spike_nvpt"), ("pocket_swin", "vpt")]
 
 
 @torch.no_grad()

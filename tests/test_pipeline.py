@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from spikeprompt.scores import unpack
+from spikeprompt.scores import read_record, unpack
 from spikeprompt.settings import root
 
 TINY = {
@@ -57,12 +57,12 @@ def copy(tmp_path_factory):
 
 def test_scores(copy):
     folder, _ = copy
-    noise = json.loads((folder / "results/scores/noise-lorsp.json").read_text())["pocket_vit"]["digits"]
+    noise = read_record(folder / "results/scores/noise-lorsp.json.gz")["pocket_vit"]["digits"]
     assert set(noise) == {"lorsp_k1", "lorsp_k2"} and set(noise["lorsp_k1"]) == {"0", "1"}
     assert set(noise["lorsp_k1"]["0"]) == {"clean", "gaussian", "shot_noise"}
     train = json.loads((folder / "results/scores/train-pocket_vit-lorsp.json").read_text())["digits"]
     assert train["lorsp_k2"]["0"]["prompt_parameters"] == 3 * 2 * 64
-    probe = json.loads((folder / "results/scores/noise-linear_probe.json").read_text())["pocket_vit"]["digits"]["linear_probe"]
+    probe = read_record(folder / "results/scores/noise-linear_probe.json.gz")["pocket_vit"]["digits"]["linear_probe"]
     accuracies = [run["clean"]["0"]["accuracy"] for run in probe.values()]
     assert min(accuracies) > 0.5  # ten classes, 64 pictures to learn from
     metrics = json.loads((folder / "results/metrics.json").read_text())["digits"]
@@ -77,7 +77,7 @@ def test_verdicts_can_be_traced_to_the_scores(copy):
     row = table[(table.variant == "lorsp_k2") & (table.reference == "linear_probe") & (table.pictures == "clean")].iloc[0]
     accuracies = {}
     for method, variant in ("lorsp", "lorsp_k2"), ("linear_probe", "linear_probe"):
-        runs = json.loads((folder / f"results/scores/noise-{method}.json").read_text())["pocket_vit"]["digits"][variant]
+        runs = read_record(folder / f"results/scores/noise-{method}.json.gz")["pocket_vit"]["digits"][variant]
         bits = [unpack(run["clean"]["0"]["correct"]) for run in runs.values()]
         assert [b.mean() for b in bits] == pytest.approx([run["clean"]["0"]["accuracy"] for run in runs.values()])
         accuracies[variant] = sum(b.mean() for b in bits) / len(bits)
@@ -136,7 +136,7 @@ def test_dvc_exp_run_changes_a_parameter(copy):
     tried = call(folder, "dvc", "exp", "run", "-S", "robustness.severities=[2]", "-S", "robustness.sigmas=[0.2]")
     assert tried.returncode == 0, tried.stdout[-2000:] + tried.stderr[-2000:]
     assert "Running stage 'robustness@lorsp'" in tried.stdout and "Running stage 'train" not in tried.stdout
-    noise = json.loads((folder / "results/scores/noise-lorsp.json").read_text())["pocket_vit"]["digits"]["lorsp_k1"]["0"]
+    noise = read_record(folder / "results/scores/noise-lorsp.json.gz")["pocket_vit"]["digits"]["lorsp_k1"]["0"]
     assert list(noise["gaussian"]) == ["0.2"] and list(noise["shot_noise"]) == ["2"]
 
 
