@@ -76,6 +76,16 @@ def test_learning_rates_are_those_that_the_sweep_found_best():
                 assert settings[rate] == max(means, key=means.get), f"{name}.{rate}: {means}"
 
 
+def test_rates_of_the_lorsp_study_are_those_that_validated_best():
+    own = read_params("studies/lorsp/params.yaml")
+    tried = json.loads((root / "studies/lorsp/scores/variants.json").read_text())
+    assert set(tried) == set(own["rates"]) == {name for variants in own["variants"].values() for name in variants}
+    for name, rates in tried.items():
+        assert {float(rate) for rate in rates} == set(own["study"]["lr"]["variants"]), name
+        means = {float(rate): sum(found["val_accuracy"] for found in backbones.values()) for rate, backbones in rates.items()}
+        assert own["rates"][name] == max(means, key=means.get), f"{name}: {means}"
+
+
 def test_tracked_files_are_small_and_name_no_lock():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()}
