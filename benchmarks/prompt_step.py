@@ -14,7 +14,7 @@ from spikeprompt.backbones import create_backbone
 from spikeprompt.pocket import pocket_names
 from spikeprompt.prompts import Head, Prompt, PromptedModel, method_class
 
-METHODS, ROUNDS, BATCH = ["lor_vp", "lorsp", "vpt", "spike_nvpt"], 15, 64
+METHODS, ROUNDS, BATCH = ["lor_vp", "lorsp", "smm", "vpt", "spike_nvpt"], 15, 64
 
 
 class Pixels(Prompt):
