@@ -231,7 +231,8 @@ def test_prompts_without_a_file_of_their_own_are_refused(images, tmp_path):
 
 
 TRACED = [*[(name, "lorsp") for name in pocket_names],
-          ("pocket_vit", "lor_vp"), ("pocket_vit", "vpt"), ("pocket_vit", "spike_nvpt"), ("pocket_resnet", "smm"), ("pocket_resnet", "vpt"), ("pocket_resnet", "spike_nvpt"), ("pocket_swin", "vpt")]
+          ("pocket_vit", "lor_vp"), ("pocket_vit", "vpt"), ("pocket_vit", "spike_nvpt"),
+          ("pocket_resnet", "smm"), ("pocket_resnet", "vpt"), ("pocket_resnet", "spike_nvpt"), ("pocket_swin", "vpt")]
 
 
 @torch.no_grad()

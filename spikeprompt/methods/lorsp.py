@@ -200,7 +200,8 @@ class LoRSP(Prompt):
                 low, high = shown.min(), shown.max()
                 ax.imshow(((shown - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0))
             for ax, fired in zip(axes[3:, number], spikes):
-                ax.imshow(1 - fired[:, number].flatten(2).flatten(0, 1), cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+                raster = 1 - fired[:, number].flatten(2).flatten(0, 1)
+                ax.imshow(raster, cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         for row, title in zip(axes, ["picture $x$", "prompt $P(x)$", "$x + P(x)$", *titles]):
             row[0].set_title(title, fontsize=9, loc="left")
             for ax in row:
