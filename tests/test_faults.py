@@ -91,7 +91,7 @@ def test_noise_is_measured_against_each_tensor(level):
 @pytest.mark.parametrize("fault, level", [("quantise", 3), ("gaussian", 0.5), ("bit_flips", 0.3)])
 def test_the_prompt_comes_back_whole(spiking, fault, level):
     prompt, images = spiking.prompt.train(), torch.rand(4, 3, 32, 32, generator=seeded())
-    before = fingerprint(spiking)
+    before, learned = fingerprint(spiking), [p.requires_grad for p in prompt.parameters()]
     with torch.no_grad():
         with faulty(prompt, fault, level, seeded()):
             damaged, bad = fingerprint(spiking), spiking(images)
@@ -102,6 +102,7 @@ def test_the_prompt_comes_back_whole(spiking, fault, level):
         with faulty(prompt, fault, level, seeded()):
             1 / 0
     assert fingerprint(spiking) == before
+    assert any(learned) and [p.requires_grad for p in prompt.parameters()] == learned
     assert all(p.grad is None for p in prompt.parameters())
 
 
