@@ -148,6 +148,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'spikeprompt.figures.robustness_curves': ('figures.html#robustness_curves', 'spikeprompt/figures.py'),
                                      'spikeprompt.figures.save_figure': ('figures.html#save_figure', 'spikeprompt/figures.py'),
                                      'spikeprompt.figures.severity_curves': ('figures.html#severity_curves', 'spikeprompt/figures.py'),
+                                     'spikeprompt.figures.show': ('figures.html#show', 'spikeprompt/figures.py'),
                                      'spikeprompt.figures.style': ('figures.html#style', 'spikeprompt/figures.py'),
                                      'spikeprompt.figures.time_and_noise': ('figures.html#time_and_noise', 'spikeprompt/figures.py')},
             'spikeprompt.methods.linear_probe': { 'spikeprompt.methods.linear_probe.LinearProbe': ( 'methods/linear_probe.html#linearprobe',
