@@ -30,8 +30,9 @@ class Backbone(nn.Module):
                  model: nn.Module  # a timm model
                  ):
         super().__init__()
-        config = resolve_model_data_config(model)
-        self.name, self.input_size, self.interpolation = name, tuple(config["input_size"][1:]), config["interpolation"]
+        config, patches = resolve_model_data_config(model), getattr(model, "patch_embed", None)
+        size = getattr(patches, "img_size", None) or config["input_size"][1:]  # a token model knows the size it was built for
+        self.name, self.input_size, self.interpolation = name, tuple(size), config["interpolation"]
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
         model.reset_classifier(0)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METHODS', 'PromptConfig', 'Prompt', 'register_method', 'method_class', 'Head', 'PromptedModel', 'prompt_parameters',
            'token_places', 'prompt_vit_block', 'PromptedWindowAttention', 'attach_tokens', 'Frame', 'draw_tokens',
-           'draw_pictures']
+           'draw_row', 'draw_pictures']
 
 # %% ../nbs/06_prompts.ipynb #c02
 import importlib
@@ -281,15 +281,23 @@ def draw_tokens(
     return fig
 
 # %% ../nbs/06_prompts.ipynb #c33
+def draw_row(
+    axes,            # matplotlib's, one a picture
+    shown: Tensor,   # [n, 3, H, W]; all are stretched to their common range
+):
+    "Draw pictures, or patterns of any range, side by side."
+    low, high = shown.min(), shown.max()
+    for ax, picture in zip(axes, ((shown - low) / (high - low).clamp(min=1e-6)).detach().cpu()):
+        ax.imshow(picture.permute(1, 2, 0))
+        ax.set(xticks=[], yticks=[])
+
+# %% ../nbs/06_prompts.ipynb #c34
 def draw_pictures(
     panels: dict[str, Tensor],  # title -> picture [3, H, W]; each is stretched to its own range
 ):
     "A figure with pictures side by side."
     fig, axes = plt.subplots(1, len(panels), figsize=(2 * len(panels), 2.2), layout="constrained", squeeze=False)
     for ax, (title, shown) in zip(axes[0], panels.items()):
-        shown = shown.detach().cpu()
-        low, high = shown.min(), shown.max()
-        ax.imshow(((shown - low) / (high - low).clamp(min=1e-6)).permute(1, 2, 0))
+        draw_row([ax], shown[None])
         ax.set_title(title, fontsize=9)
-        ax.axis("off")
     return fig

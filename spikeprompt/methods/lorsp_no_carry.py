@@ -20,8 +20,8 @@ class LoRSPNoCarry(LoRSP):
     def calibrate(self, neurons: Tensor) -> Tensor:
         return super().calibrate(neurons[None])[0]
 
-    def fire(self, current: Tensor, threshold: Tensor) -> Tensor:
-        return super().fire(current[None], threshold[None])[0]
+    def integrate(self, current: Tensor, threshold: Tensor) -> Tensor:
+        return super().integrate(current[None], threshold[None])[0]
 
     def operations(self, images: Tensor) -> dict[str, float]:
         made = super().operations(images)  # a comparison in place of a membrane

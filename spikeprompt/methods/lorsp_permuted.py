@@ -18,8 +18,8 @@ class LoRSPPermuted(LoRSP):
     "LoRSP whose factors are fed in a random order while it trains."
     baseline = "lorsp"
 
-    def fire(self, current: Tensor, threshold: Tensor) -> Tensor:
+    def integrate(self, current: Tensor, threshold: Tensor) -> Tensor:
         if not self.training:
-            return super().fire(current, threshold)
+            return super().integrate(current, threshold)
         order = torch.randperm(len(current), device=current.device)
-        return super().fire(current[order], threshold[order])[order.argsort()]
+        return super().integrate(current[order], threshold[order])[order.argsort()]

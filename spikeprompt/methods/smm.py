@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from ..backbones import Backbone
-from ..prompts import Prompt, PromptConfig, register_method
+from ..prompts import Prompt, PromptConfig, draw_row, register_method
 from ..settings import SettingsError
 
 # %% ../../nbs/methods/smm.ipynb #c05
@@ -92,9 +92,6 @@ class SMM(Prompt):
         rows = {"picture $x$": x, "mask $m(x)$": m, "prompt $P(x)$": P, "$x + P(x)$": x + P}
         fig, axes = plt.subplots(len(rows), len(x), figsize=(1.7 * len(x), 7.2), layout="constrained", squeeze=False)
         for row, (title, shown) in zip(axes, rows.items()):
-            low, high = shown.min(), shown.max()
-            for ax, one in zip(row, (shown - low) / (high - low).clamp(min=1e-6)):
-                ax.imshow(one.cpu().permute(1, 2, 0))
-                ax.axis("off")
+            draw_row(row, shown)
             row[0].set_title(title, fontsize=9, loc="left")
         return fig
