@@ -1,4 +1,6 @@
 "What must hold for every method on every backbone, and the sizes that the papers' tables are read against."
+import re
+
 import pytest
 import safetensors.torch
 import timm
@@ -11,7 +13,7 @@ from spikeprompt.methods.lor_vp import LoRVP, LoRVPConfig
 from spikeprompt.methods.lorsp import LoRSP, LoRSPConfig
 from spikeprompt.pocket import pocket_names
 from spikeprompt.prompts import method_class, prompt_parameters
-from spikeprompt.settings import TargetSettings, TrainSettings
+from spikeprompt.settings import SettingsError, TargetSettings, TrainSettings, parse
 from spikeprompt.training import linear_probe, outputs
 
 CONTROLS = ["lorsp_magnitude_mask", "lorsp_no_carry", "lorsp_permuted", "lorsp_random_mask", "smm"]
@@ -78,6 +80,26 @@ def test_penalties_pull_where_they_should(prompted, images):
         optimizer.step()
     assert found[-1][0] < found[0][0] / 2 and found[-1][1] > found[0][1]
     assert prompted("pocket_resnet", "lorsp").prompt.penalty() == 0
+
+
+@pytest.mark.parametrize("method, settings, message", [
+    ("lorsp_random_mask", {"reading": "factor"}, "reading = 'factor': input should be 'static'"),
+    ("lorsp_random_mask", {"thresholds": "learned"}, "thresholds = 'learned': input should be 'fixed'"),
+    ("lorsp_magnitude_mask", {"reading": "pixel"}, "reading = 'pixel': input should be 'factor', 'binary' or 'static'"),
+    ("lorsp_magnitude_mask", {"thresholds": "learned"}, "thresholds = 'learned': input should be 'fixed'"),
+    ("lorsp_magnitude_mask", {"rate_penalty": 1.0}, "rate_penalty = 1.0: input should be less than or equal to 0")])
+def test_masks_refuse_what_has_no_meaning_there(method, settings, message):
+    with pytest.raises(SettingsError, match=re.escape(f"here.{message}")):
+        parse(method_class(method).config_class, settings, "here")
+
+
+@pytest.mark.parametrize("method", ["lorsp_random_mask", "lorsp_magnitude_mask"])
+def test_masks_keep_the_rate_and_no_thresholds(method, prompted, images):
+    prompt = prompted("pocket_resnet", method, rate=0.3125).prompt
+    assert "thresholds" not in prompt.state_dict()
+    assert {s.mean(-1).unique().item() for s in prompt.spikes(images)} == {10 / 32}
+    density = prompt.measures(images)["density"]
+    assert density == pytest.approx(1 - (1 - 0.3125**2) ** 4, abs=0.04)
 
 
 def test_lorsp_prompts_differ_between_images(prompted, images):

@@ -76,14 +76,20 @@ def test_learning_rates_are_those_that_the_sweep_found_best():
                 assert settings[rate] == max(means, key=means.get), f"{name}.{rate}: {means}"
 
 
-def test_rates_of_the_lorsp_study_are_those_that_validated_best():
+@pytest.mark.parametrize("part", ["credit", "ladder"])
+def test_rates_of_the_lorsp_study_are_those_that_validated_best(part):
     own = read_params("studies/lorsp/params.yaml")
-    tried = json.loads((root / "studies/lorsp/scores/variants.json").read_text())
-    assert set(tried) == set(own["rates"]) == {name for variants in own["variants"].values() for name in variants}
-    for name, rates in tried.items():
-        assert {float(rate) for rate in rates} == set(own["study"]["lr"]["variants"]), name
-        means = {float(rate): sum(found["val_accuracy"] for found in backbones.values()) for rate, backbones in rates.items()}
-        assert own["rates"][name] == max(means, key=means.get), f"{name}: {means}"
+    grid, settings = own["study"]["grid"], own[part]
+    found = json.loads((root / f"studies/lorsp/scores/chosen-{part}.json").read_text())
+    wanted = {name for variants in settings["variants"].values() for name in variants} - set(settings.get("at_rate_of", {}))
+    assert set(found["best"]) == set(found["tried"]) == wanted
+    columns = [{"clean": "val_accuracy", "noisy": "noisy_accuracy"}[pictures] for pictures in settings["judged_by"]]
+    for name, rates in found["tried"].items():
+        means = {float(lr): sum(by[column] for by in backbones.values() for column in columns) for lr, backbones in rates.items()}
+        best = found["best"][name]
+        assert means[best] == pytest.approx(max(means.values()), abs=1e-9), f"{name}: {means}"
+        place = grid.index(best)
+        assert set(own["study"]["first"]) | set(grid[max(place - 1, 0):place + 2]) <= set(means), f"{name}: the search stopped early"
 
 
 def test_tracked_files_are_small_and_name_no_lock():

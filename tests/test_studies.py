@@ -1,11 +1,15 @@
 "The notebooks of the lorsp study run on a few digits, and write what the findings read."
 import json
+import shutil
 import subprocess
 
+import nbformat
+import numpy as np
 import pytest
+import yaml
 
-from spikeprompt.scores import read_record, unpack
-from spikeprompt.settings import root
+from spikeprompt.scores import pack, read_record, unpack, write_record
+from spikeprompt.settings import read_params, root
 
 
 def papermill(notebook, folder, *parameters):
@@ -41,3 +45,58 @@ def test_what_is_chosen_is_compared(tmp_path):
     tested = read_record(tmp_path / "compared-lorsp.json.gz")["pocket_resnet"]["digits"]["lorsp"]["0"]
     assert set(tested) == {"clean", "gaussian"} and len(unpack(tested["clean"]["0.0"]["correct"])) == 20
     assert read_record(tmp_path / "compared-linear_probe.json.gz")["pocket_resnet"]["digits"]["linear_probe"]
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory):
+    "Writes scores of the lorsp study with a known truth, and gives the text of the findings."
+    def findings(gains):  # variant -> points above the linear probe; None for all the others
+        folder, own = tmp_path_factory.mktemp("study"), read_params("studies/lorsp/params.yaml")
+        own["test"]["seeds"] = {"credit": [0, 1, 2], "ladder": [0, 1, 2]}
+        for part in "credit", "ladder":
+            own[part]["pictures"]["n_test"] = 500
+            write_part(folder, part, own, gains)
+        shutil.copy(root / "studies/lorsp/scores/chosen-options.json", folder)
+        (folder / "params.yaml").write_text(yaml.safe_dump(own))
+        papermill("findings", folder, "-p", "study", str(folder / "params.yaml"), "-p", "scores", str(folder))
+        outputs = [output for cell in nbformat.read(folder / "executed.ipynb", 4).cells for output in cell.get("outputs", [])]
+        return "\n".join(output["data"].get("text/markdown", "") for output in outputs if "data" in output)
+    return findings
+
+
+def write_part(folder, part, own, gains):
+    rng, trained, best = np.random.default_rng(0), {}, {}
+    backbones, seeds = read_params()["backbones"], own["test"]["seeds"][part]
+    difficulty = rng.beta(0.5, 0.15, own[part]["pictures"]["n_test"])
+    luck = {(backbone, seed): rng.random(len(difficulty)) for backbone in backbones for seed in seeds}
+    (folder / part).mkdir()
+    for method, variants in {"linear_probe": {"linear_probe": {}}, **own[part]["variants"]}.items():
+        record = {}
+        for name, settings in variants.items():
+            best[name], size = 0.1, 192 * (settings or {}).get("rank", 0)
+            for (backbone, seed), drawn in luck.items():
+                chance = difficulty + gains.get(name, gains[None]) / 100 * (name != "linear_probe")
+                scored = {"accuracy": (drawn < chance).mean(), "ece": 0.0, "correct": pack(drawn < chance)}
+                tested = {"clean": {"0.0": scored}, "gaussian": {"0.1": scored}}
+                record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
+                trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {
+                    "prompt_parameters": size, "density": 0.3, "rank": 1, "largest_where_nothing_fired": 0.0, "support_iou": 0.3,
+                    "distance": 1.0, "flips": {"0.05": 0.01, "0.1": 0.02},
+                    "over_training": {"density": [0.3, 0.1], "firing_rate": [0.3, 0.2]}}
+        write_record(record, folder / part / f"compared-{method}.json.gz")
+    write_record(trained, folder / part / "trained.json.gz")
+    (folder / f"chosen-{part}.json").write_text(json.dumps({"best": best, "tried": {}}))
+
+
+def test_findings_say_what_the_scores_say_when_lorsp_wins(made_up):
+    text = made_up({None: 0.0, "lorsp": 8.0, "no_carry": 8.0, **{f"lorsp_k{K}": 8.0 for K in (1, 2, 4, 8)}})
+    assert text.count("**Goal met.**") == 3 and "Goal missed" not in text
+    assert "no difference shown on either: `no_carry`" in text
+    assert "these data give integration no credit" in text and "they give the neuron none" not in text
+
+
+def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
+    text = made_up({None: 0.0, "magnitude_mask": 8.0, **{f"lor_vp_r{rank}": 8.0 for rank in (1, 2, 4, 8)}})
+    assert text.count("**Goal missed.**") == 3 and "Goal met" not in text
+    assert "behind, clean or under noise: `magnitude_mask`" in text and "density moves" in text
+    assert "Largest gap" in text and "missed by" in text  # 0.3 is not the density of one factor pair at a rate of 0.3
