@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PRODUCT', 'ENERGY_PJ', 'WORD_PJ', 'MAC_PJ', 'AC_PJ', 'MEMBRANE_PJ', 'Watch', 'batch_macs', 'count_macs', 'picojoules',
-           'unprompted', 'footprint', 'read_pj', 'quantised_twin']
+           'footprint', 'read_pj', 'quantised_twin']
 
 # %% ../nbs/14_energy.ipynb #c02
 import re
-from copy import deepcopy
 from math import nan
 
 import torch
@@ -17,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import Backbone
-from .prompts import Prompt, PromptedModel, PromptedWindowAttention, prompt_parameters, token_places
+from .prompts import Prompt, PromptedModel, prompt_parameters
+from .tokens import unprompted
 
 # %% ../nbs/14_energy.ipynb #c05
 PRODUCT = re.compile(r"m[mv](_|$)|dot|matmul|conv(?!ert)|att(ention|n)|transformer|linear(_|$)|lstm|gru|rnn|cdist")
@@ -78,19 +78,6 @@ def picojoules(
     return macs * MAC_PJ + acs * AC_PJ + membrane_updates * MEMBRANE_PJ
 
 # %% ../nbs/14_energy.ipynb #c23
-def unprompted(
-    backbone: Backbone,  # with or without a prompt's tokens
-) -> Backbone:
-    "A copy of a backbone without prompt tokens."
-    bare = deepcopy(backbone)
-    for block, _ in token_places(bare):
-        block._forward_pre_hooks.clear()
-        block._forward_hooks.clear()
-        if isinstance(block.attn, PromptedWindowAttention):
-            block.attn = block.attn.attn
-    return bare
-
-# %% ../nbs/14_energy.ipynb #c25
 @torch.no_grad()
 def footprint(
     model: PromptedModel,  # put in evaluation mode
@@ -115,7 +102,7 @@ def footprint(
             "membrane_updates": made["membrane_updates"], "backbone_macs": backbone_macs, "prompt_macs": prompt_macs,
             "prompt_pj": prompt_pj, "system_pj": system_pj, "prompt_percent": 100 * prompt_pj / system_pj}
 
-# %% ../nbs/14_energy.ipynb #c37
+# %% ../nbs/14_energy.ipynb #c35
 def read_pj(
     stored: int,  # bytes that the memory has to hold
 ) -> float:       # pJ for 32 bits
@@ -123,7 +110,7 @@ def read_pj(
     sizes = {8: "sram_8kb", 32: "sram_32kb", 1024: "sram_1mb"}
     return ENERGY_PJ[next((name for kilobytes, name in sizes.items() if stored <= 1024 * kilobytes), "dram_low")] / 2
 
-# %% ../nbs/14_energy.ipynb #c39
+# %% ../nbs/14_energy.ipynb #c37
 @torch.no_grad()
 def quantised_twin(
     prompt: Prompt,     # a `LoRSP` with g > 0

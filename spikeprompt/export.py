@@ -44,7 +44,7 @@ def fold_head(
     "A copy of the backbone's timm model whose classifier is the head; raises `SettingsError`."
     if prompt_form(model.prompt) == "tokens":
         raise SettingsError(f"{type(model.prompt).__name__} does not fold into a plain timm model: it enters the backbone's blocks or "
-                            "frames the picture; allowed are prompts that change pixels, and none")
+                            "frames the picture; allowed are prompts that change pixels, and none (`fold_tokens` folds deep tokens)")
     head, timm_model = model.head, deepcopy(model.backbone.model)
     weight = head.linear.weight.double() / head.std.double()
     bias = head.linear.bias.double() - weight @ head.mean.double()

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'PromptConfig', 'Prompt', 'register_method', 'method_class', 'Head', 'PromptedModel', 'prompt_parameters',
-           'token_places', 'prompt_vit_block', 'PromptedWindowAttention', 'attach_tokens', 'Frame', 'draw_tokens',
            'draw_row', 'draw_pictures']
 
 # %% ../nbs/06_prompts.ipynb #c02
@@ -14,10 +13,7 @@ import pkgutil
 import matplotlib.pyplot as plt
 import torch
 from pydantic import Field
-from timm.models.swin_transformer import SwinTransformer
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.functional import interpolate, pad, scaled_dot_product_attention
 
 from .backbones import Backbone
 from .settings import Settings, SettingsError
@@ -34,6 +30,7 @@ class Prompt(nn.Module):
     baseline = "linear_probe"  # the method it is compared with in the report, besides the linear probe
     progress = 0.0  # share of the training that is done, in [0, 1]; the training loop sets it
     lr = None       # peak learning rate; None: only the head learns
+    weight_decay = 0.0  # AdamW's, of the prompt's parameters
 
     def pixels(self,
                images: Tensor  # [B, 3, H, W] in [0, 1]
@@ -152,135 +149,6 @@ def prompt_parameters(
     return sum(p.numel() for p in prompt.parameters() if p.requires_grad)
 
 # %% ../nbs/06_prompts.ipynb #c17
-def token_places(
-    backbone: Backbone,
-) -> list[tuple[nn.Module, int]]:  # (block, width D) in running order
-    "The blocks of a token model that can take prompts; empty for other backbones."
-    model = backbone.model
-    if isinstance(model, VisionTransformer):
-        return [(block, model.embed_dim) for block in model.blocks]
-    if isinstance(model, SwinTransformer):
-        return [(block, block.dim) for stage in model.layers for block in stage.blocks]
-    return []
-
-# %% ../nbs/06_prompts.ipynb #c20
-def prompt_vit_block(
-    block: nn.Module,  # of a timm VisionTransformer
-    prefix: int,       # tokens before the patches: class token, registers
-    tokens,            # function of no argument: the prompt `[p, D]`
-    count: int,        # p
-):
-    "Give one ViT block p extra tokens; its output has none."
-    def insert(_, args):
-        x, *rest = args
-        prompt = tokens().to(x.dtype).expand(x.shape[0], -1, -1)
-        return torch.cat([x[:, :prefix], prompt, x[:, prefix:]], 1), *rest
-
-    def strip(_, args, x):
-        return torch.cat([x[:, :prefix], x[:, prefix + count:]], 1)
-
-    block.register_forward_pre_hook(insert)
-    block.register_forward_hook(strip)
-
-# %% ../nbs/06_prompts.ipynb #c22
-class PromptedWindowAttention(nn.Module):
-    "timm's WindowAttention with p prompt tokens as extra keys and values in every window."
-
-    def __init__(self,
-                 attn: nn.Module,  # timm's WindowAttention
-                 norm: nn.Module,  # the block's first LayerNorm, which the prompt passes too
-                 tokens            # function of no argument: the prompt `[p, C]`
-                 ):
-        super().__init__()
-        self.attn, self.norm, self.tokens = attn, norm, tokens
-
-    def heads(self,
-              x: Tensor              # [B, N, C]
-              ) -> tuple[Tensor, ...]:  # queries, keys, values, each [B, heads, N, d]
-        "Project tokens and part them into heads."
-        qkv = self.attn.qkv(x)
-        d = qkv.shape[-1] // (3 * self.attn.num_heads)
-        return qkv.unflatten(-1, (3, self.attn.num_heads, d)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def forward(self,
-                x: Tensor,                   # [windows*B, N, C], image-major
-                mask: Tensor | None = None,  # [windows, N, N] of a shifted block
-                ) -> Tensor:                 # [windows*B, N, C]
-        B, N, C = x.shape
-        q, k, v = self.heads(x)
-        _, prompt_k, prompt_v = self.heads(self.norm(self.tokens().to(x.dtype))[None])
-        k, v = (torch.cat([p.expand(B, -1, -1, -1), own], 2) for p, own in ((prompt_k, k), (prompt_v, v)))
-        bias = self.attn._get_rel_pos_bias()
-        if mask is not None:
-            bias = (bias + mask[:, None]).repeat(B // len(mask), 1, 1, 1)
-        bias = pad(bias, (prompt_k.shape[2], 0))
-        x = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.attn.proj_drop(self.attn.proj(x.transpose(1, 2).reshape(B, N, C)))
-
-# %% ../nbs/06_prompts.ipynb #c23
-def attach_tokens(
-    backbone: Backbone,
-    tokens: list,  # one function of no argument a place: the prompt `[p, D]`
-    count: int,    # p
-):
-    "Let deep prompt tokens enter every block of a ViT or a Swin."
-    for (block, _), provide in zip(token_places(backbone), tokens, strict=True):
-        if isinstance(backbone.model, SwinTransformer):
-            block.attn = PromptedWindowAttention(block.attn, block.norm1, provide)
-        else:
-            prompt_vit_block(block, backbone.model.num_prefix_tokens, provide, count)
-
-# %% ../nbs/06_prompts.ipynb #c28
-class Frame(nn.Module):
-    "A border of pixels around a shrunken picture."
-
-    def __init__(self,
-                 size: tuple[int, int],  # (H, W) of the backbone
-                 border: int             # width of the frame in pixels
-                 ):
-        super().__init__()
-        if 2 * border >= min(size):
-            raise SettingsError(f"border = {border}: allowed is less than half of the picture's {min(size)} px")
-        mask = torch.ones(size, dtype=torch.bool)
-        mask[border:size[0] - border, border:size[1] - border] = False
-        self.register_buffer("mask", mask, persistent=False)
-        self.size, self.border = size, border
-
-    @property
-    def num_pixels(self) -> int:
-        "Pixels of the frame in one channel."
-        return int(self.mask.sum())
-
-    def forward(self,
-                images: Tensor,  # [B, 3, H, W] in [0, 1]
-                values: Tensor   # [3, num_pixels], the frame's pixels in reading order
-                ) -> Tensor:     # [B, 3, H, W]
-        "Shrink the pictures and put the frame around them."
-        inner = [side - 2 * self.border for side in self.size]
-        small = interpolate(images, inner, mode="bilinear", antialias=True)
-        frame = torch.zeros(3, *self.size, dtype=images.dtype, device=images.device)
-        frame[:, self.mask] = values.to(images.dtype)
-        return pad(small, [self.border] * 4) + frame
-
-# %% ../nbs/06_prompts.ipynb #c32
-def draw_tokens(
-    layers: list[list[Tensor]],  # for each block, the `[p, D]` tensors to draw side by side
-    titles: list[str],           # one a column
-    cmap: str,                   # matplotlib's colour map
-):
-    "A figure with one row a block."
-    fig, axes = plt.subplots(len(layers), len(titles), figsize=(4 * len(titles), 0.7 * len(layers) + 0.4), squeeze=False,
-                             layout="constrained")
-    for block, (row, shown) in enumerate(zip(axes, layers)):
-        for ax, values in zip(row, shown):
-            ax.imshow(values.detach().cpu(), cmap=cmap, aspect="auto", interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-        row[0].set_ylabel(f"block {block}", fontsize=7)
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=9)
-    return fig
-
-# %% ../nbs/06_prompts.ipynb #c33
 def draw_row(
     axes,            # matplotlib's, one a picture
     shown: Tensor,   # [n, 3, H, W]; all are stretched to their common range
@@ -291,7 +159,7 @@ def draw_row(
         ax.imshow(picture.permute(1, 2, 0))
         ax.set(xticks=[], yticks=[])
 
-# %% ../nbs/06_prompts.ipynb #c34
+# %% ../nbs/06_prompts.ipynb #c18
 def draw_pictures(
     panels: dict[str, Tensor],  # title -> picture [3, H, W]; each is stretched to its own range
 ):

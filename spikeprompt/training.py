@@ -136,7 +136,7 @@ def train_prompt(
     if not prompt.lr:  # the features of an unprompted backbone never change
         learner, images, val = head, outputs(backbone, images), outputs(backbone, val)
 
-    groups = [{"params": [*prompt.parameters()], "lr": prompt.lr, "weight_decay": 0.0},
+    groups = [{"params": [*prompt.parameters()], "lr": prompt.lr, "weight_decay": prompt.weight_decay},
               {"params": [*head.parameters()], "lr": settings.head_lr, "weight_decay": settings.weight_decay}]
     optimizer = torch.optim.AdamW([group for group in groups if group["lr"]])
     order = torch.Generator().manual_seed(seed)

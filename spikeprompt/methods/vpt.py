@@ -9,48 +9,34 @@ __all__ = ['VPTConfig', 'VPT']
 from math import sqrt
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones import Backbone
-from ..prompts import Frame, Prompt, PromptConfig, attach_tokens, draw_pictures, draw_tokens, register_method, token_places
+from ..prompts import draw_pictures, register_method
+from ..tokens import TokenPrompt, TokenPromptConfig, draw_tokens
 
 # %% ../../nbs/methods/vpt.ipynb #c04
-class VPTConfig(PromptConfig):
-    "Settings of VPT-deep."
-    tokens: int = Field(10, ge=1, description="p, prompt tokens a block")
-    border: int = Field(2, ge=1, description="width in pixels of the frame, on backbones without tokens")
-    lr: float = Field(0.01, gt=0, description="peak learning rate of the tokens")
-    frame_lr: float = Field(0.1, gt=0, description="peak learning rate of the frame, on backbones without tokens")
+class VPTConfig(TokenPromptConfig):
+    "Settings of VPT."
 
 # %% ../../nbs/methods/vpt.ipynb #c06
 @register_method("vpt")
-class VPT(Prompt):
+class VPT(TokenPrompt):
     "Dense tokens in every block, or a dense frame where there are none (VPT, arXiv 2203.12119)."
     config_class = VPTConfig
 
     def __init__(self, config: VPTConfig, backbone: Backbone):
-        super().__init__()
-        self.config, self.frame = config, None
-        widths = [width for _, width in token_places(backbone)]
-        if widths:
-            fan_in = 3 * backbone.model.patch_embed.patch_size[0] ** 2
-            shapes, reach = [(config.tokens, D) for D in widths], sqrt(6 / (fan_in + widths[0]))
-        else:
-            self.frame = Frame(backbone.input_size, config.border)
-            shapes, reach = [(3, self.frame.num_pixels)], 0.0
-        self.lr = config.frame_lr if self.frame else config.lr
-        self.values = nn.ParameterList(nn.Parameter(torch.empty(shape).uniform_(-reach, reach)) for shape in shapes)
-
-    def attach(self, backbone: Backbone):
+        super().__init__(config, backbone)
+        reach = 0.0
         if not self.frame:
-            attach_tokens(backbone, [lambda p=p: p for p in self.values], self.config.tokens)
+            reach = sqrt(6 / (3 * backbone.model.patch_embed.patch_size[0] ** 2 + self.shapes[0][1]))
+        self.values = nn.ParameterList(nn.Parameter(torch.empty(shape).uniform_(-reach, reach)) for shape in self.shapes)
 
-    def pixels(self, images: Tensor) -> Tensor:
-        return self.frame(images, self.values[0]) if self.frame else images
+    def entering(self, layer: int) -> Tensor:
+        return self.values[layer]
 
     def measures(self, images: Tensor) -> dict[str, float]:
-        return {"density": torch.cat([(p != 0).float().flatten() for p in self.values]).mean().item()}
+        return {"density": self.everywhere(lambda layer: (self.values[layer] != 0).float()).mean().item()}
 
     def picture(self, images: Tensor):
         if self.frame:
