@@ -85,8 +85,8 @@ def fold_tokens(
     "Fold head and deep tokens into a timm model whose attention holds their keys and values; raises `SettingsError`."
     prompt, backbone = model.eval().prompt, model.backbone
     if not isinstance(prompt, TokenPrompt) or prompt.frame or prompt.config.depth != "deep":
-        raise SettingsError(f"{type(prompt).__name__} does not fold into keys and values: allowed are deep tokens; `deployed` fixes shallow "
-                            "ones and frames")
+        raise SettingsError(f"{type(prompt).__name__} does not fold into keys and values: allowed are deep tokens; `deployed` fixes "
+                            "shallow ones and frames")
     rows = with_rows(backbone, [prompt.entering(layer) for layer in range(len(prompt.shapes))])
     exported, preprocessing = to_timm(PromptedModel(rows, Prompt(), model.head))
     images = torch.rand(2, 3, *backbone.input_size, generator=torch.Generator().manual_seed(0)).to(backbone.mean)

@@ -243,7 +243,8 @@ def unprompted(
         module._forward_pre_hooks.clear()
         module._forward_hooks.clear()
     for block, _ in token_places(bare):
-        block.attn = getattr(block.attn, "attn", block.attn)
+        if isinstance(getattr(block, "attn", None), PromptedAttention | PromptedWindowAttention | StreamedWindowAttention):
+            block.attn = block.attn.attn
     return bare
 
 # %% ../nbs/06_tokens.ipynb #c27

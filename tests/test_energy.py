@@ -6,11 +6,11 @@ from spikingjelly.activation_based.op_counter import DispatchCounterMode, MACCou
 from torch import nn
 
 from spikeprompt.backbones import create_backbone
-from spikeprompt.energy import MAC_PJ, MEMBRANE_PJ, count_macs, footprint, picojoules, quantised_twin, unprompted
+from spikeprompt.energy import MAC_PJ, MEMBRANE_PJ, count_macs, footprint, picojoules, quantised_twin
 from spikeprompt.export import fold_into_mean
 from spikeprompt.methods.lorsp import LoRSP, LoRSPConfig
 from spikeprompt.pocket import pocket_names
-from spikeprompt.prompts import token_places
+from spikeprompt.tokens import token_places, unprompted
 
 NAMES = {"prompt_parameters", "deployed_bytes", "system_bytes", "connection_sparsity", "activation_sparsity", "effective_macs",
          "effective_acs", "membrane_updates", "backbone_macs", "prompt_macs", "prompt_pj", "system_pj", "prompt_percent"}

@@ -17,7 +17,8 @@ from spikeprompt.settings import SettingsError, TargetSettings, TrainSettings, p
 from spikeprompt.training import linear_probe, outputs
 
 CONTROLS = ["lorsp_magnitude_mask", "lorsp_no_carry", "lorsp_permuted", "lorsp_random_mask", "smm"]
-METHODS = ["lor_vp", "lorsp", "vpt", "spike_nvpt", *CONTROLS]
+TOKENS = ["vpt", "vpt_decay", "vpt_noise", "spike_nvpt", "spike_nvpt_straight_through"]
+METHODS = ["lor_vp", "lorsp", *TOKENS, *CONTROLS]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_prompt_parameters_learn_from_the_first_step(name, method, prompted, ima
 
 
 @pytest.mark.parametrize("name", pocket_names)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "spike_nvpt_random_bits"])
 def test_batched_equals_one_by_one(name, method, prompted, images):
     model, few = prompted(name, method).eval(), images[:6]
     features = lambda shown: model.backbone(model.prompt.pixels(shown))
@@ -133,7 +134,7 @@ def test_batched_equals_one_by_one(name, method, prompted, images):
 
 
 PAIRS = [*[("pocket_vit", method) for method in METHODS if method not in CONTROLS], *[("pocket_resnet", method) for method in CONTROLS],
-         ("pocket_resnet", "lorsp"), ("pocket_swin", "spike_nvpt"),
+         ("pocket_resnet", "lorsp"), ("pocket_swin", "spike_nvpt"), ("pocket_vit", "spike_nvpt_random_bits"),
          ("pocket_convnext", "spike_nvpt"), ("pocket_mixer", "vpt")]
 
 

@@ -12,10 +12,10 @@ import yaml
 from spikeprompt.backbones import create_backbone
 from spikeprompt.experiments import check_params
 from spikeprompt.pocket import pocket_names
-from spikeprompt.prompts import token_places
 from spikeprompt.scores import read_tested
 from spikeprompt.settings import read_params, root
 from spikeprompt.statistics import compare, pairs, sentence
+from spikeprompt.tokens import token_places
 
 STAGES = sorted((root / "nbs/pipeline").glob("*.ipynb"))
 

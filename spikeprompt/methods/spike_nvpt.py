@@ -83,7 +83,7 @@ class BinaryPrompt(TokenPrompt):
             self.alpha = nn.ParameterList(nn.Parameter(torch.ones(D)) for _, D in self.shapes)
             self.beta = nn.ParameterList(nn.Parameter(torch.zeros(D)) for _, D in self.shapes)
         self.latents = nn.ParameterList(nn.Parameter(self.draw(shape)) for shape in self.shapes)
-        self.made, self.asked = {}, None  # bits of the last training step; bits at the last call of `measures`
+        self.made, self.asked = {}, None  # bits of the last training step; time and bits of the last call of `measures`
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         "A latent to start from."
@@ -124,13 +124,15 @@ class BinaryPrompt(TokenPrompt):
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
-        "density, firing_rate; flipped: share of the bits that changed since the last call; twins: share of tokens that equal another."
+        "density, firing_rate; twins: share of tokens that equal another; flipped: share of bits that changed in the training since."
         bits = self.everywhere(self.bits)
-        flipped = (bits != self.asked).float().mean().item() if self.asked is not None else 0.0
-        self.asked = bits
         unique = sum(len(self.bits(layer).unique(dim=0)) for layer in range(len(self.shapes)))
-        return {"density": bits.mean().item(), "firing_rate": self.everywhere(self.rates).mean().item(), "flipped": flipped,
-                "twins": 1 - unique / sum(len(self.bits(layer)) for layer in range(len(self.shapes)))}
+        found = {"density": bits.mean().item(), "firing_rate": self.everywhere(self.rates).mean().item(),
+                 "twins": 1 - unique / sum(rows for rows, _ in self.shapes)}
+        if self.asked and self.asked[0] < self.progress:
+            found["flipped"] = (bits != self.asked[1]).float().mean().item()
+        self.asked = self.progress, bits
+        return found
 
     @property
     def stored_bits(self) -> int:

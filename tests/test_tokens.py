@@ -1,0 +1,163 @@
+"Prompt tokens in every kind of ViT and Swin that timm builds, and what those are told that cannot take them."
+import pytest
+import timm
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from spikeprompt.backbones import Backbone, create_backbone
+from spikeprompt.deployment import deployed, export_tokens, fold_tokens, load_tokens
+from spikeprompt.energy import count_macs
+from spikeprompt.methods.spike_nvpt import SpikeNVPT, SpikeNVPTConfig
+from spikeprompt.methods.vpt import VPT, VPTConfig
+from spikeprompt.prompts import Head, PromptedModel
+from spikeprompt.settings import SettingsError
+from spikeprompt.tokens import TokenPromptConfig, attach_tokens, takes_tokens, token_places, unprompted, with_rows
+
+SMALL = {"vision_transformer": {"embed_dim": 32, "num_heads": 2, "depth": 2}, "deit": {"embed_dim": 32, "num_heads": 2, "depth": 2},
+         "swin_transformer": {"embed_dim": 8, "depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 2)}}
+
+
+def small(name, family):
+    torch.manual_seed(0)
+    model = timm.create_model(name, **SMALL[family])
+    for key, p in model.named_parameters():
+        if key.endswith(("gamma", "norm1.weight", "norm2.weight")):  # some start near zero, where nothing would be seen
+            nn.init.ones_(p)
+    return Backbone(name, model)
+
+
+def kind(model):
+    "What can matter to a prompt."
+    if not isinstance(model, VisionTransformer):
+        return type(model).__name__, model.layers[0].blocks[0].attn.window_area
+    block = model.blocks[0]
+    parts = block, getattr(block, "attn", None), getattr(block, "ls1", None), model.norm_pre, model.attn_pool
+    return type(model).__name__, model.num_prefix_tokens, model.no_embed_class, model.global_pool, *(type(part).__name__ for part in parts)
+
+
+@pytest.fixture(scope="module")
+def families():
+    "One small model of every kind, random weights."
+    found = {}
+    for family in SMALL:
+        for name in timm.list_models(module=family):
+            backbone = small(name, family)
+            found.setdefault(kind(backbone.model), (name, family))
+    return [*found.values()]
+
+
+def drawn(backbone, depth="deep", count=3):
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randn(count, D, generator=draw) for _, D in token_places(backbone)][:1 if depth == "shallow" else None]
+
+
+@torch.no_grad()
+def test_every_kind_of_vit_and_swin_takes_tokens(families):
+    assert len(families) >= 20 and {"vision_transformer", "deit", "swin_transformer"} <= {family for _, family in families}
+    folded = 0
+    for name, family in families:
+        bare = small(name, family)
+        images = torch.rand(3, 3, *bare.input_size)
+        features = bare(images)
+        for depth in "deep", "shallow":
+            prompts, prompted, empty = drawn(bare, depth), small(name, family), small(name, family)
+            attach_tokens(prompted, [lambda p=p: p for p in prompts], 3, depth)
+            attach_tokens(empty, [lambda p=p: p[:0] for p in prompts], 0, depth)
+            made = prompted(images)
+            size = features.abs().max()
+            assert (empty(images) - features).abs().max() <= 1e-5 * size, (name, depth)
+            assert (made - features).abs().max() > 1e-4 * size, (name, depth)
+            assert (made[1:2] - prompted(images[1:2])).abs().max() <= 1e-5 * size, (name, depth)
+            assert torch.equal(unprompted(prompted)(images), features), (name, depth)
+            if depth == "deep":
+                try:
+                    gap = (with_rows(bare, prompts)(images) - made).abs().max()
+                    assert gap <= 1e-5 * size, name
+                    folded += 1
+                except SettingsError as error:
+                    block = bare.model.blocks[0]
+                    assert "keys and values fold into timm's Block with its Attention" in str(error)
+                    assert type(block) is not Block or type(block.attn) is not Attention, name
+    assert folded >= 15
+
+
+@pytest.mark.parametrize("name, kwargs", [
+    ("beit_base_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 2}), ("eva02_tiny_patch14_224", {"depth": 1}),
+    ("swinv2_tiny_window8_256", {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2)}), ("test_vit_relpos", {}), ("levit_128s", {})])
+def test_other_transformers_are_refused_but_take_a_border(name, kwargs):
+    backbone = Backbone(name, timm.create_model(name, **kwargs))
+    with pytest.raises(SettingsError, match=f"backbone '{name}': timm's {type(backbone.model).__name__} takes no prompt tokens here"):
+        SpikeNVPT(SpikeNVPTConfig(), backbone)
+    assert not takes_tokens(TokenPromptConfig(place="border"), backbone)
+
+
+@pytest.mark.parametrize("name", ["pocket_resnet", "pocket_convnext", "pocket_mixer"])
+def test_backbones_without_tokens_get_a_border_unless_tokens_are_asked_for(name):
+    backbone = create_backbone(name)
+    assert SpikeNVPT(SpikeNVPTConfig(), backbone).frame
+    with pytest.raises(SettingsError, match="takes no prompt tokens here; allowed are its VisionTransformer and SwinTransformer"):
+        SpikeNVPT(SpikeNVPTConfig(place="tokens"), backbone)
+
+
+@pytest.mark.parametrize("current", ["noisy", "constant", "separate", "carried"])
+@pytest.mark.parametrize("scaling", ["fixed", "raw", "learned"])
+@pytest.mark.parametrize("name, depth", [("pocket_vit", "deep"), ("pocket_vit", "shallow"), ("pocket_swin", "shallow"),
+                                         ("pocket_resnet", "deep")])
+def test_every_reading_trains_and_deploys(name, depth, current, scaling, prompted, images, tmp_path):
+    model = prompted(name, "spike_nvpt", current=current, scaling=scaling, depth=depth, rate_penalty=1.0).train()
+    torch.nn.init.normal_(model.head.linear.weight)
+    (model(images[:8]).square().sum() + model.prompt.penalty()).backward()
+    grads = {key: p.grad for key, p in model.prompt.named_parameters() if p.requires_grad}
+    assert all((grad != 0).any() for grad in grads.values()), grads.keys()
+    assert all((p.bits(0).unique() == torch.tensor([0.0, 1.0])).all() for p in [model.prompt])
+    with torch.no_grad():
+        expected = model.eval()(images)
+        assert torch.equal(expected, model(images))
+        export_tokens(model.prompt, tmp_path / "prompt.safetensors")
+        fixed = PromptedModel(unprompted(model.backbone), load_tokens(tmp_path / "prompt.safetensors"), model.head).eval()
+        for made in deployed(model), fixed:
+            assert (made(images) - expected).abs().max() <= 1e-5 * expected.abs().max()
+            assert not [*made.prompt.parameters()] and "latent" not in " ".join(made.prompt.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", [VPT, SpikeNVPT])
+@pytest.mark.parametrize("name, family", [
+    ("vit_tiny_patch16_224", "vision_transformer"), ("vit_base_patch16_clip_224", "vision_transformer"),
+    ("vit_small_patch14_reg4_dinov2", "vision_transformer"), ("deit_tiny_distilled_patch16_224", "deit"),
+    ("swin_tiny_patch4_window7_224", "swin_transformer")])
+def test_folded_tokens_are_timm_models_without_spikes(method, name, family, tmp_path):
+    backbone, D = small(name, family), None
+    D = backbone.num_features
+    prompt, images = method(method.config_class(), backbone), torch.rand(2, 3, *backbone.input_size)
+    prompt.start(images, backbone)
+    model = PromptedModel(backbone, prompt, Head(torch.zeros(D), torch.ones(D), torch.randn(5, D), torch.randn(5))).eval()
+    exported, preprocessing = fold_tokens(model)
+    mean, std = (torch.tensor(preprocessing[key]).view(3, 1, 1) for key in ("mean", "std"))
+    expected = model(images)
+    assert (exported((images - mean) / std) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    program = torch.export.export(exported, ((images - mean) / std,))
+    assert not any("spikingjelly" in str(node.meta.get("stack_trace")) for node in program.graph.nodes)
+    bare = count_macs(nn.Sequential(small(name, family), model.head), images)
+    assert bare < count_macs(exported, images) <= 1.05 * bare if family != "swin_transformer" else True
+    assert count_macs(deployed(model), images) == count_macs(model, images)
+
+
+def test_what_does_not_fold_says_why(prompted, tmp_path):
+    with pytest.raises(SettingsError, match="SpikeNVPT does not fold into keys and values: allowed are deep tokens"):
+        fold_tokens(prompted("pocket_vit", "spike_nvpt", depth="shallow"))
+    with pytest.raises(SettingsError, match="LoRVP does not fold into keys and values"):
+        fold_tokens(prompted("pocket_vit", "lor_vp"))
+    with pytest.raises(SettingsError, match="LoRVP is no prompt of tokens"):
+        deployed(prompted("pocket_vit", "lor_vp"))
+    with pytest.raises(SettingsError, match="LoRVP does not export as tokens"):
+        export_tokens(prompted("pocket_vit", "lor_vp").prompt, tmp_path / "prompt.safetensors")
+    assert not (tmp_path / "prompt.safetensors").exists()
+
+
+def test_packed_sizes_are_the_papers():
+    vit = Backbone("vit_base_patch16_224", timm.create_model("vit_base_patch16_224", depth=12))
+    sizes = {depth: sum(p * D for p, D in VPT(VPTConfig(depth=depth), vit).shapes) for depth in ("shallow", "deep")}
+    assert sizes["shallow"] / 8 / 1024 == pytest.approx(0.94, abs=0.005) and sizes["deep"] / 8 / 1024 == 11.25
