@@ -85,13 +85,16 @@ def write_part(folder, part, own, gains):
                     "over_training": {"density": [0.3, 0.1], "firing_rate": [0.3, 0.2]}}
         write_record(record, folder / part / f"compared-{method}.json.gz")
     write_record(trained, folder / part / "trained.json.gz")
-    (folder / f"chosen-{part}.json").write_text(json.dumps({"best": best, "tried": {}}))
+    tried = {name: {lr: {backbone: {"val_accuracy": 0.8, "noisy_accuracy": noisy} for backbone in backbones}
+                    for lr, noisy in (("0.1", 0.75), ("0.03", 0.7))} for name in best}
+    (folder / f"chosen-{part}.json").write_text(json.dumps({"best": best, "tried": tried}))
 
 
 def test_findings_say_what_the_scores_say_when_lorsp_wins(made_up):
     text = made_up({None: 0.0, "lorsp": 8.0, "no_carry": 8.0, **{f"lorsp_k{K}": 8.0 for K in (1, 2, 4, 8)}})
     assert text.count("**Goal met.**") == 3 and "Goal missed" not in text
     assert "no difference shown on either: `no_carry`" in text
+    assert "Under noise 0 of" in text and "what they learn costs" not in text
     assert "these data give integration no credit" in text and "they give the neuron none" not in text
 
 
