@@ -133,7 +133,8 @@ def check_params(
     backbones, methods = names(params, "backbones"), names(params, "methods")
     if "linear_probe" not in methods:
         raise SettingsError(f"methods = {methods!r}: linear_probe must be one of them, every table refers to it")
-    variants = check_variants(params.get("variants") or {}, methods, [create_backbone(name, train.weights) for name in backbones])
+    frozen = [create_backbone(name, train.weights, train.img_size) for name in backbones]
+    variants = check_variants(params.get("variants") or {}, methods, frozen)
     return Params(backbones, methods, check_targets(params.get("targets"), train.seeds[0]), train, robustness, variants)
 
 # %% ../nbs/09_experiments.ipynb #c17
@@ -198,7 +199,7 @@ def starting_point(
     train: TrainSettings,
 ) -> tuple[Split, tuple[Head, float]]:  # pictures at the backbone's size; the linear probe on them, its validation accuracy
     "What every method starts from on one backbone and seed."
-    frozen = create_backbone(backbone, train.weights).to(default_device())
+    frozen = create_backbone(backbone, train.weights, train.img_size).to(default_device())
     pixels = prepared_split(pictures, settings, seed, frozen, target)
     return pixels, linear_probe(frozen, pixels, train.probe_c)
 
@@ -215,7 +216,7 @@ def run(
 ) -> tuple[PromptedModel, pd.DataFrame, dict]:  # model, history, record of what the table needs
     "Build, train and measure one prompted model; the test pictures are not touched."
     set_seed(seed)
-    frozen = create_backbone(backbone, settings.weights)
+    frozen = create_backbone(backbone, settings.weights, settings.img_size)
     prompt = method_class(method)(config, frozen)
     head = Head(probe[0].mean, probe[0].std, probe[0].linear.weight, probe[0].linear.bias)
     model, history = train_prompt(frozen, prompt, head, split, settings, seed, report)
@@ -278,10 +279,11 @@ def load_run(
     method: str,
     config: Settings,    # of the method
     weights: str | Path, # folder of the backbone's weights
+    img_size: int | None = None,  # pixels a side that it was trained on; None: the backbone's own
 ) -> PromptedModel:
     "Put a saved prompt and head on a fresh frozen backbone."
     state = load_file(path)
-    frozen = create_backbone(backbone, weights)
+    frozen = create_backbone(backbone, weights, img_size)
     head = Head(*(state[f"head.{name}"] for name in ("mean", "std", "linear.weight", "linear.bias")))
     model = PromptedModel(frozen, method_class(method)(config, frozen), head)
     load_trainable_state(model, state)

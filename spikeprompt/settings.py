@@ -75,6 +75,7 @@ class TrainSettings(Settings):
                                  description="inverse L2 strengths of the linear probe; validation picks one")
     mixed_precision: str = Field("fp32", pattern="^(fp32|bf16|fp16)$", description="fp32, or Accelerate's mixed precision")
     weights: str = Field("spikeprompt/weights", description="folder of <timm name>.safetensors, relative to the project or absolute")
+    img_size: int | None = Field(None, ge=8, description="pixels a side that the backbones get; none: each its own")
 
 # %% ../nbs/00_settings.ipynb #c19
 class RobustnessSettings(Settings):
