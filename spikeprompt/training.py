@@ -133,8 +133,10 @@ def train_prompt(
     model = PromptedModel(backbone, prompt, head)
     before = fingerprint(backbone)
     learner, images, val = model, split.train[0], split.val[0]
-    if not prompt.lr:  # the features of an unprompted backbone never change
-        learner, images, val = head, outputs(backbone, images), outputs(backbone, val)
+    if not prompt.lr:  # the features never change
+        model.head = nn.Identity()
+        images, val = outputs(model, images), outputs(model, val)
+        model.head = learner = head
 
     groups = [{"params": [*prompt.parameters()], "lr": prompt.lr, "weight_decay": prompt.weight_decay},
               {"params": [*head.parameters()], "lr": settings.head_lr, "weight_decay": settings.weight_decay}]
