@@ -67,12 +67,16 @@ def resized(
     img_size: int | None,  # pixels a side; None: the model's own
 ) -> Backbone:
     "A backbone for pictures of another size; raises `SettingsError`."
-    patches = getattr(model, "patch_embed", None)
-    if img_size and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=(img_size, img_size))  # timm resamples positions and windows
-    elif img_size and patches is not None and tuple(patches.img_size) != (img_size, img_size):
-        raise SettingsError(f"img_size = {img_size}: timm's {type(model).__name__} takes pictures of {patches.img_size[0]} px alone")
-    return Backbone(name, model, img_size)
+    try:
+        if img_size and hasattr(model, "set_input_size"):
+            model.set_input_size(img_size=(img_size, img_size))  # timm resamples positions and windows
+        backbone = Backbone(name, model, img_size)
+        if img_size:
+            backbone(torch.zeros(1, 3, img_size, img_size))
+    except (AssertionError, RuntimeError) as error:
+        raise SettingsError(f"backbone {name!r}: img_size = {img_size} does not fit timm's {type(model).__name__}: "
+                            + " ".join(str(error).split())[:200]) from None
+    return backbone
 
 # %% ../nbs/03_backbones.ipynb #c09
 def create_backbone(

@@ -11,6 +11,7 @@ __all__ = ['token_places', 'insert_tokens', 'remove_tokens', 'heads', 'window_bi
 # %% ../nbs/06_tokens.ipynb #c02
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Literal
 
 import matplotlib.pyplot as plt
@@ -40,26 +41,26 @@ def token_places(
 
 # %% ../nbs/06_tokens.ipynb #c08
 def insert_tokens(
-    block: nn.Module,  # of a timm VisionTransformer
     prefix: int,       # tokens before the patches: class token, registers
     tokens: Callable,  # function of no argument: the prompt [p, D]
-):
-    "Let p tokens enter a ViT before one block."
-    def insert(_, args):
-        x, *rest = args
-        prompt = tokens().to(x.dtype).expand(x.shape[0], -1, -1)
-        return torch.cat([x[:, :prefix], prompt, x[:, prefix:]], 1), *rest
-
-    block.register_forward_pre_hook(insert)
+    block: nn.Module,  # of a timm VisionTransformer
+    args: tuple,       # of the block; the first is x [B, N, D]
+) -> tuple:
+    "Let p tokens enter a ViT before one block: a forward pre-hook, once its first two arguments are given."
+    x, *rest = args
+    prompt = tokens().to(x.dtype).expand(x.shape[0], -1, -1)
+    return torch.cat([x[:, :prefix], prompt, x[:, prefix:]], 1), *rest
 
 # %% ../nbs/06_tokens.ipynb #c09
 def remove_tokens(
-    block: nn.Module,  # of a timm VisionTransformer
     prefix: int,       # tokens before the prompt
     count: int,        # p
-):
-    "Take p tokens out of a ViT after one block."
-    block.register_forward_hook(lambda _, args, x: torch.cat([x[:, :prefix], x[:, prefix + count:]], 1))
+    block: nn.Module,  # of a timm VisionTransformer
+    args: tuple,       # of the block
+    x: Tensor,         # [B, N + p, D]
+) -> Tensor:           # [B, N, D]
+    "Take p tokens out of a ViT after one block: a forward hook, once its first two arguments are given."
+    return torch.cat([x[:, :prefix], x[:, prefix + count:]], 1)
 
 # %% ../nbs/06_tokens.ipynb #c11
 def heads(
@@ -100,27 +101,40 @@ class PromptedWindowAttention(nn.Module):
                 x: Tensor,                   # [windows * B, N, C], image-major
                 mask: Tensor | None = None,  # [windows, N, N] of a shifted block
                 ) -> Tensor:                 # [windows * B, N, C]
-        B, N, C = x.shape
+        B, N, _ = x.shape
         q, k, v = heads(self.attn, x)
         k, v = (torch.cat([p.expand(B, -1, -1, -1), own], 2) for p, own in zip(self.rows(), (k, v)))
         bias = window_bias(self.attn, mask, B, 0, k.shape[2] - N)
         x = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
-        return self.attn.proj_drop(self.attn.proj(x.transpose(1, 2).reshape(B, N, C)))
+        return self.attn.proj_drop(self.attn.proj(x.transpose(1, 2).flatten(2)))
 
 # %% ../nbs/06_tokens.ipynb #c14
 def key_value_rows(
-    attn: nn.Module,  # timm's attention
-    norm: nn.Module,  # in front of it
-    tokens: Tensor,   # [p, D]
+    attn: nn.Module,   # timm's attention
+    norm: nn.Module,   # in front of it
+    tokens: Callable,  # function of no argument: the prompt [p, D]
 ) -> tuple[Tensor, Tensor]:  # keys and values, each [1, heads, p, d]
     "What a deep prompt is to the attention of its block."
-    _, k, v = heads(attn, norm(tokens.to(attn.qkv.weight.dtype))[None])
+    _, k, v = heads(attn, norm(tokens().to(attn.qkv.weight.dtype))[None])
     return getattr(attn, "k_norm", nn.Identity())(k), v
 
 # %% ../nbs/06_tokens.ipynb #c16
 class TokenStream:
-    "The prompt tokens of the current batch on their way through a Swin."
-    tokens: Tensor | None = None  # [B, p, C]
+    "The prompt tokens [B, p, C] of the current batch on their way through a Swin."
+
+    def __init__(self,
+                 provide: Callable  # function of no argument: the prompt [p, C]
+                 ):
+        self.provide, self.tokens = provide, None
+
+    def depart(self, block, args):
+        self.tokens = self.provide().to(args[0].dtype).expand(args[0].shape[0], -1, -1)
+
+    def merge(self, merging, *_):
+        self.tokens = merging.reduction(merging.norm(self.tokens.repeat(1, 1, 4)))
+
+    def arrive(self, *_):
+        self.tokens = None  # what is kept would keep the batch's graph
 
 # %% ../nbs/06_tokens.ipynb #c17
 class StreamedWindowAttention(nn.Module):
@@ -131,9 +145,7 @@ class StreamedWindowAttention(nn.Module):
                  stream: TokenStream
                  ):
         super().__init__()
-        self.attn, self.stream = block.attn, stream
-        self.through_mlp = lambda x: x + block.mlp(block.norm2(x))
-        self.norm = block.norm1
+        self.attn, self.norm, self.norm2, self.mlp, self.stream = block.attn, block.norm1, block.norm2, block.mlp, stream
 
     def forward(self,
                 x: Tensor,                   # [windows * B, N, C], image-major
@@ -141,12 +153,13 @@ class StreamedWindowAttention(nn.Module):
                 ) -> Tensor:                 # [windows * B, N, C]
         prompt = self.stream.tokens
         B, p, C = prompt.shape
-        copies = self.norm(prompt).repeat_interleave(len(x) // B, 0)
+        copies = self.norm(prompt).repeat_interleave(x.shape[0] // B, 0)
         q, k, v = heads(self.attn, torch.cat([copies, x], 1))
-        bias = window_bias(self.attn, mask, len(x), p, p)
+        bias = window_bias(self.attn, mask, x.shape[0], p, p)
         found = scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)).transpose(1, 2).flatten(2)
         found = self.attn.proj_drop(self.attn.proj(found))
-        self.stream.tokens = self.through_mlp(prompt + found[:, :p].unflatten(0, (B, -1)).mean(1))
+        prompt = prompt + found[:, :p].unflatten(0, (B, -1)).mean(1)
+        self.stream.tokens = prompt + self.mlp(self.norm2(prompt))
         return found[:, p:]
 
 # %% ../nbs/06_tokens.ipynb #c18
@@ -155,21 +168,14 @@ def stream_tokens(
     tokens: Callable,  # function of no argument: the prompt [p, C]
 ):
     "Let shallow prompt tokens travel through a Swin."
-    stream = TokenStream()
-
-    def depart(_, args):
-        stream.tokens = tokens().to(args[0].dtype).expand(len(args[0]), -1, -1)
-
-    def merge(merging, *_):
-        if isinstance(merging, nn.Identity):  # the first stage merges nothing
-            return
-        stream.tokens = merging.reduction(merging.norm(stream.tokens.repeat(1, 1, 4)))
-
-    model.layers[0].blocks[0].register_forward_pre_hook(depart)
+    stream = TokenStream(tokens)
+    model.layers[0].blocks[0].register_forward_pre_hook(stream.depart)
+    for stage in model.layers[1:]:
+        stage.downsample.register_forward_hook(stream.merge)
     for stage in model.layers:
-        stage.downsample.register_forward_hook(merge)
         for block in stage.blocks:
             block.attn = StreamedWindowAttention(block, stream)
+    model.layers[-1].blocks[-1].register_forward_hook(stream.arrive)
 
 # %% ../nbs/06_tokens.ipynb #c19
 def attach_tokens(
@@ -184,15 +190,14 @@ def attach_tokens(
         if depth == "shallow":
             return stream_tokens(model, tokens[0])
         for block, provide in zip(blocks, tokens, strict=True):
-            rows = lambda attn=block.attn, norm=block.norm1, provide=provide: key_value_rows(attn, norm, provide())
-            block.attn = PromptedWindowAttention(block.attn, rows)
+            block.attn = PromptedWindowAttention(block.attn, partial(key_value_rows, block.attn, block.norm1, provide))
         return
     prefix = model.num_prefix_tokens
     first, last = (blocks[:1], blocks[-1:]) if depth == "shallow" else (blocks, blocks)
     for block, provide in zip(first, tokens, strict=True):
-        insert_tokens(block, prefix, provide)
+        block.register_forward_pre_hook(partial(insert_tokens, prefix, provide))
     for block in last:
-        remove_tokens(block, prefix, count)
+        block.register_forward_hook(partial(remove_tokens, prefix, count))
 
 # %% ../nbs/06_tokens.ipynb #c24
 class KeyValueRows(nn.Module):
@@ -222,12 +227,14 @@ class PromptedAttention(nn.Module):
 
     def forward(self,
                 x: Tensor,         # [B, N, C]
-                attn_mask: None = None,
+                attn_mask: None = None,   # timm passes these; a mask would have to know the rows
                 is_causal: bool = False
                 ) -> Tensor:       # [B, N, C]
+        if attn_mask is not None or is_causal:
+            raise ValueError("a masked attention does not take a prompt's keys and values")
         attn = self.attn
         q, k, v = heads(attn, x)
-        k, v = (torch.cat([p.expand(len(x), -1, -1, -1), own], 2) for p, own in zip(self.rows(), (attn.k_norm(k), v)))
+        k, v = (torch.cat([p.expand(x.shape[0], -1, -1, -1), own], 2) for p, own in zip(self.rows(), (attn.k_norm(k), v)))
         found = attn.norm(scaled_dot_product_attention(attn.q_norm(q), k, v).transpose(1, 2).flatten(2))
         if attn.gate is not None:
             found = found * attn.gate(x).sigmoid()
@@ -240,8 +247,11 @@ def unprompted(
     "A copy of a backbone without prompt tokens."
     bare = deepcopy(backbone)
     for module in bare.model.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+        for hooks in module._forward_pre_hooks, module._forward_hooks:
+            for key, hook in [*hooks.items()]:
+                ours = getattr(hook, "func", None) in (insert_tokens, remove_tokens)
+                if ours or isinstance(getattr(hook, "__self__", None), TokenStream):
+                    del hooks[key]
     for block, _ in token_places(bare):
         if isinstance(getattr(block, "attn", None), PromptedAttention | PromptedWindowAttention | StreamedWindowAttention):
             block.attn = block.attn.attn
@@ -256,11 +266,11 @@ def with_rows(
     "A backbone whose attention holds a prompt's keys and values; raises `SettingsError`."
     bare = unprompted(backbone)
     wrap = PromptedWindowAttention if isinstance(bare.model, SwinTransformer) else PromptedAttention
-    for (block, _), prompt in zip(token_places(bare), tokens, strict=True):
+    for (block, _), prompt in zip(token_places(bare), tokens, strict=True):  # each a copy's own block
         if wrap is PromptedAttention and (type(block) is not Block or type(block.attn) is not Attention):
             raise SettingsError(f"backbone {backbone.name!r}: keys and values fold into timm's Block with its Attention; "
                                 f"this is a {type(block).__name__} with {type(getattr(block, 'attn', None)).__name__}")
-        block.attn = wrap(block.attn, KeyValueRows(*key_value_rows(block.attn, block.norm1, prompt)))
+        block.attn = wrap(block.attn, KeyValueRows(*key_value_rows(block.attn, block.norm1, lambda prompt=prompt: prompt)))
     return bare
 
 # %% ../nbs/06_tokens.ipynb #c31
@@ -343,7 +353,7 @@ class TokenPrompt(Prompt):
 
     def attach(self, backbone: Backbone):
         if not self.frame:
-            tokens = [lambda layer=layer: self.entering(layer) for layer in range(len(self.shapes))]
+            tokens = [partial(self.entering, layer) for layer in range(len(self.shapes))]
             attach_tokens(backbone, tokens, self.config.tokens, self.config.depth)
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -362,13 +372,19 @@ class StaticTokens(TokenPrompt):
     def __init__(self,
                  values: list[Tensor],         # [p, D] of each place, or the frame's pixels
                  config: TokenPromptConfig,
-                 size: tuple[int, int] | None  # (H, W) of a frame; None: tokens
+                 size: tuple[int, int] | None, # (H, W) of a frame; None: tokens
+                 stored_bits: int              # that the numbers were made from
                  ):
         Prompt.__init__(self)
         self.config, self.frame = config, Frame(size, config.border) if size else None
-        self.shapes = [tuple(value.shape) for value in values]
+        self.shapes, self.kept = [tuple(value.shape) for value in values], stored_bits
         for layer, value in enumerate(values):
             self.register_buffer(f"values_{layer}", value)
+        self.to(values[0].device)
+
+    @property
+    def stored_bits(self) -> int:
+        return self.kept
 
     def entering(self, layer: int) -> Tensor:
         return getattr(self, f"values_{layer}")
@@ -381,7 +397,7 @@ def static_tokens(
     "What a trained prompt lets enter, without what made it."
     prompt.eval()
     values = [prompt.entering(layer).detach().clone() for layer in range(len(prompt.shapes))]
-    return StaticTokens(values, prompt.config, prompt.frame.size if prompt.frame else None).eval()
+    return StaticTokens(values, prompt.config, prompt.frame.size if prompt.frame else None, prompt.stored_bits).eval()
 
 # %% ../nbs/06_tokens.ipynb #c41
 def draw_tokens(

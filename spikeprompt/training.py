@@ -136,7 +136,8 @@ def train_prompt(
     if not prompt.lr:  # the features never change
         model.head = nn.Identity()
         images, val = outputs(model, images), outputs(model, val)
-        model.head = learner = head
+        head, _ = fit_head((images, split.train[1]), (val, split.val[1]), settings.probe_c)  # on features with the prompt
+        model.head = learner = head.to(device)
 
     groups = [{"params": [*prompt.parameters()], "lr": prompt.lr, "weight_decay": prompt.weight_decay},
               {"params": [*head.parameters()], "lr": settings.head_lr, "weight_decay": settings.weight_decay}]

@@ -83,7 +83,7 @@ class BinaryPrompt(TokenPrompt):
             self.alpha = nn.ParameterList(nn.Parameter(torch.ones(D)) for _, D in self.shapes)
             self.beta = nn.ParameterList(nn.Parameter(torch.zeros(D)) for _, D in self.shapes)
         self.latents = nn.ParameterList(nn.Parameter(self.draw(shape)) for shape in self.shapes)
-        self.made, self.asked = {}, None  # bits of the last training step; time and bits of the last call of `measures`
+        self.last_bits, self.last_measured = {}, None  # of the last training step; progress and bits of the last call of `measures`
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         "A latent to start from."
@@ -102,7 +102,7 @@ class BinaryPrompt(TokenPrompt):
         "The prompt of one place."
         return spike_discretization_unit(self.rates(layer), self.config.kappa)
 
-    def colours(self, layer: int) -> tuple[Tensor, Tensor]:  # α, β of one number, of one a dimension, or of one a channel
+    def affine(self, layer: int) -> tuple[Tensor, Tensor]:  # α, β of one number, of one a dimension, or of one a channel
         "What a token or a pixel is for a one, less what it is for a zero; and what it is for a zero."
         if self.frame:
             return self.alpha, self.beta
@@ -113,38 +113,41 @@ class BinaryPrompt(TokenPrompt):
     def entering(self, layer: int) -> Tensor:
         bits = self.bits(layer)
         if self.training and self.config.rate_penalty:
-            self.made[layer] = bits
-        alpha, beta = self.colours(layer)
+            self.last_bits[layer] = bits
+        alpha, beta = self.affine(layer)
         return alpha * bits + beta
 
     def penalty(self) -> Tensor | float:
-        if not self.config.rate_penalty:
+        if not self.last_bits:
             return 0.0
-        return self.config.rate_penalty * (self.everywhere(self.made.get).mean() - self.config.density)**2
+        density = self.everywhere(self.last_bits.get).mean()
+        self.last_bits = {}
+        return self.config.rate_penalty * (density - self.config.density)**2
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
-        "density, firing_rate; twins: share of tokens that equal another; flipped: share of bits that changed in the training since."
-        bits = self.everywhere(self.bits)
-        unique = sum(len(self.bits(layer).unique(dim=0)) for layer in range(len(self.shapes)))
-        found = {"density": bits.mean().item(), "firing_rate": self.everywhere(self.rates).mean().item(),
-                 "twins": 1 - unique / sum(rows for rows, _ in self.shapes)}
-        if self.asked and self.asked[0] < self.progress:
-            found["flipped"] = (bits != self.asked[1]).float().mean().item()
-        self.asked = self.progress, bits
+        "density; flipped: share of bits that changed in the training since the last call; twins: share of tokens that repeat another."
+        bits = [self.bits(layer) for layer in range(len(self.shapes))]
+        flat = torch.cat([b.flatten() for b in bits])
+        found = {"density": flat.mean().item()}
+        if not self.frame:
+            found["twins"] = 1 - sum(len(b.unique(dim=0)) for b in bits) / sum(map(len, bits))
+        if self.last_measured and self.last_measured[0] < self.progress:
+            found["flipped"] = (flat != self.last_measured[1]).float().mean().item()
+        self.last_measured = self.progress, flat
         return found
 
     @property
     def stored_bits(self) -> int:
-        kept = (value.numel() for name, value in self.state_dict().items() if name.split(".")[0] in ("scale", "alpha", "beta"))
-        return sum(p * D for p, D in self.shapes) + 32 * sum(kept)
+        numbers = sum(value.numel() for layer in range(len(self.shapes)) for value in self.affine(layer) if value.any())
+        return sum(rows * columns for rows, columns in self.shapes) + 32 * numbers
 
     @torch.no_grad()
     def picture(self, images: Tensor):
         if self.frame:
             bits = self.frame(torch.zeros_like(images[:1]), self.bits(0))[0]
             return draw_pictures({"picture": images[0], "bits of the frame": bits, "framed": self.pixels(images[:1])[0]})
-        return draw_tokens([[self.rates(layer), self.bits(layer)] for layer in range(len(self.shapes))], ["rate $r$", "bits $b$"], "gray_r")
+        return draw_tokens([[self.bits(layer)] for layer in range(len(self.shapes))], ["bits $b$"], "gray_r")
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c23
 class SpikeNVPTConfig(BinaryPromptConfig):
@@ -161,24 +164,33 @@ class SpikeNVPT(BinaryPrompt):
 
     def __init__(self, config: SpikeNVPTConfig, backbone: Backbone):
         super().__init__(config, backbone)
-        if config.current == "carried":
-            self.membranes = nn.ParameterList(nn.Parameter(torch.zeros(shape), requires_grad=False) for shape in self.shapes)
+        for layer, shape in enumerate(self.shapes if config.current == "carried" else []):
+            self.register_buffer(f"membrane_{layer}", torch.zeros(shape), persistent=False)  # between training steps alone
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         T = self.config.timesteps
-        latent = init_latent(shape, self.config.density, ceil(self.config.kappa * T) / T)  # a rate is a multiple of 1/T
+        latent = init_latent(shape, self.config.density, ceil(round(self.config.kappa * T, 9)) / T)  # a rate is a multiple of 1/T
         return latent.repeat(T, 1, 1) if self.config.current == "separate" else latent
 
     def rates(self, layer: int) -> Tensor:
         config, latent = self.config, self.latents[layer]
         current = latent if config.current == "separate" else latent.expand(config.timesteps, -1, -1)
         sigma = config.sigma * (1 - self.progress)
-        if config.current == "noisy" and self.training and sigma:
-            current = current + sigma * torch.randn_like(current)
-        if config.current != "carried":
+        if not self.training or config.current in ("constant", "separate"):
             return signal_filtering_layer(current)
-        membrane = self.membranes[layer]
-        rate = signal_filtering_layer(current, membrane.detach().clone())
-        if self.training:
-            membrane.data = (membrane + config.timesteps * (latent - rate)).detach().clamp(-1, 1)
+        if config.current == "noisy":
+            return signal_filtering_layer(current + sigma * torch.randn_like(current))
+        membrane = getattr(self, f"membrane_{layer}")
+        rate = signal_filtering_layer(current, membrane.clone())
+        membrane.copy_((membrane + config.timesteps * (latent - rate)).detach().clamp(-1, 1))
         return rate
+
+    @torch.no_grad()
+    def measures(self, images: Tensor) -> dict[str, float]:
+        return {**super().measures(images), "firing_rate": self.everywhere(self.rates).mean().item()}
+
+    @torch.no_grad()
+    def picture(self, images: Tensor):
+        if self.frame:
+            return super().picture(images)
+        return draw_tokens([[self.rates(layer), self.bits(layer)] for layer in range(len(self.shapes))], ["rate $r$", "bits $b$"], "gray_r")
