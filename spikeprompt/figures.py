@@ -43,7 +43,8 @@ def save_figure(
     for suffix, metadata in (".svg", {"Date": None}), (".pdf", {"CreationDate": None}):
         figure.savefig(Path(stem).with_suffix(suffix), bbox_inches="tight", metadata=metadata)
     svg = Path(stem).with_suffix(".svg")
-    svg.write_text(re.sub(r"\n\s+", "\n", re.sub(r"(\d\.\d\d)\d+", r"\1", svg.read_text())))  # a tenth smaller
+    places = re.sub(r"([1-9]\d*\.\d\d)\d+", r"\1", svg.read_text())  # numbers below one are scales, which need their digits
+    svg.write_text(re.sub(r"\n\s+", "\n", places))
 
 # %% ../nbs/15_figures.ipynb #c06
 def show(
