@@ -7,6 +7,7 @@ __all__ = ['COLUMN', 'PAGE', 'style', 'save_figure', 'show', 'looks', 'intervals
            'difference_map', 'pareto', 'density_and_accuracy', 'time_and_noise', 'gallery']
 
 # %% ../nbs/15_figures.ipynb #c02
+import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -37,10 +38,13 @@ def save_figure(
     figure,             # matplotlib's
     stem: str | Path,   # path without a suffix
 ):
-    "Save a figure as SVG and as PDF, without a date."
+    "Save a figure as SVG, to a hundredth of a point, and as PDF, without a date."
     Path(stem).parent.mkdir(parents=True, exist_ok=True)
     for suffix, metadata in (".svg", {"Date": None}), (".pdf", {"CreationDate": None}):
         figure.savefig(Path(stem).with_suffix(suffix), bbox_inches="tight", metadata=metadata)
+    svg = Path(stem).with_suffix(".svg")
+    places = re.sub(r"([1-9]\d*\.\d\d)\d+", r"\1", svg.read_text())  # numbers below one are scales, which need their digits
+    svg.write_text(re.sub(r"\n\s+", "\n", places))
 
 # %% ../nbs/15_figures.ipynb #c06
 def show(

@@ -8,7 +8,7 @@ import torch
 
 from spikeprompt.backbones import Backbone, create_backbone, fingerprint
 from spikeprompt.data import read_digits
-from spikeprompt.experiments import load_run, prepared_split, run, save_run
+from spikeprompt.experiments import load_run, prepared_split, run, save_run, sources
 from spikeprompt.methods.lor_vp import LoRVP, LoRVPConfig
 from spikeprompt.methods.lorsp import LoRSP, LoRSPConfig
 from spikeprompt.pocket import pocket_names
@@ -101,6 +101,11 @@ def test_masks_keep_the_rate_and_no_thresholds(method, prompted, images):
     assert {s.mean(-1).unique().item() for s in prompt.spikes(images)} == {10 / 32}
     density = prompt.measures(images)["density"]
     assert density == pytest.approx(1 - (1 - 0.3125**2) ** 4, abs=0.04)
+
+
+@pytest.mark.parametrize("method, files", [("lorsp", ["lorsp.py"]), ("lorsp_no_carry", ["lorsp_no_carry.py", "lorsp.py"])])
+def test_the_code_of_a_method_is_that_of_its_classes(method, files):
+    assert [path.name for path in sources(method)] == files
 
 
 def test_lorsp_prompts_differ_between_images(prompted, images):

@@ -33,12 +33,13 @@ def test_what_is_chosen_is_compared(tmp_path):
     found = json.loads(chosen.read_text())
     judged = {float(lr): by["pocket_resnet"]["val_accuracy"] + by["pocket_resnet"]["noisy_accuracy"]
               for lr, by in found["tried"]["lorsp"].items()}
-    assert set(judged) > {0.1} and found["best"] == {"lorsp": max(judged, key=judged.get), "random_mask": found["best"]["random_mask"]}
+    assert set(judged) > {0.1} and set(found["best"]) == {"lorsp", "random_mask"}
+    assert judged[found["best"]["lorsp"]] == max(judged.values())
 
     papermill("compare", tmp_path, "-p", "chosen", str(chosen), "-p", "scores", str(tmp_path))
     trained = read_record(tmp_path / "trained.json.gz")
     lorsp, mask = (trained[name]["pocket_resnet"]["0"] for name in ("lorsp", "random_mask"))
-    assert mask["firing_rate"] == pytest.approx(lorsp["firing_rate"], abs=0.02)
+    assert mask["firing_rate"] == pytest.approx(lorsp["firing_rate"], abs=0.5 / 32)  # whole rows of 32
     assert mask["density"] == pytest.approx(lorsp["density"], abs=0.02)
     assert lorsp["rank"] <= 2 and lorsp["largest_where_nothing_fired"] == 0
     assert len(lorsp["over_training"]["density"]) == 2 and set(lorsp["flips"]) == {"0.05", "0.1"}
