@@ -28,13 +28,13 @@ class LoRSPConfig(PromptConfig):
     alpha: float = Field(0.05, gt=0, description="α, amplitude of each factor pair, in pixels of [0, 1]")
     gain: float = Field(0.5, gt=0, description="g, strength of the image's current; `static` and `pixel` have none")
     rate: float = Field(0.3, gt=0, lt=1, description="ρ, share of the neurons that fire at each step at the start")
-    pooled: int = Field(28, ge=1, description="q, the picture enters the current at no more than this many pixels a side")
+    pooled: int = Field(8, ge=1, description="q, the picture enters the current at no more than this many pixels a side")
     surrogate: Literal["atan", "sigmoid", "straight_through"] = Field("straight_through", description="gradient of a spike")
     thresholds: Literal["fixed", "learned"] = Field("fixed", description="after the start")
     scales: Literal["fixed", "learned"] = Field("fixed", description="amplitudes and gain; fixed leaves 3K(H + W) parameters")
     rate_penalty: float = Field(0.0, ge=0, description="λ_ρ, weight of the squared distance between a batch's firing rate and ρ")
     orthogonality: float = Field(0.0, ge=0, description="λ_⊥, weight of the mean squared cosine between factors of a channel")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of all that is learned")
+    lr: float = Field(0.1, ge=0, description="peak learning rate of all that is learned; 0: the prompt stays as drawn")
 
 # %% ../../nbs/methods/lorsp.ipynb #c08
 def standardised(
@@ -87,6 +87,8 @@ class LoRSP(Prompt):
         populations = 1 if config.reading in ("pixel", "select") else 2  # else rows and columns
         if self.calibrated:
             self.thresholds = nn.Parameter(torch.ones(populations, config.rank, 3), requires_grad=config.thresholds == "learned")
+        if not config.lr:
+            self.requires_grad_(False)
 
     def currents(self, images: Tensor) -> list[Tensor]:  # [K, B, 3, neurons ...] of each population
         "The current of every neuron, factor after factor."
