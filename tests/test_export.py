@@ -195,7 +195,7 @@ def test_an_exported_prompt_is_its_numbers_and_its_price(K, tmp_path):
     q = 28
     backbone, _, images = untrained("resnet18")
     torch.manual_seed(0)
-    prompt = LoRSP(LoRSPConfig(rank=K), backbone)
+    prompt = LoRSP(LoRSPConfig(rank=K, pooled=q), backbone)
     prompt.start(images, backbone)
     record = export_prompt(prompt, tmp_path / "lorsp.safetensors", images)
     assert record == exported_record(tmp_path / "lorsp.safetensors")

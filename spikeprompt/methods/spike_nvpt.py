@@ -139,7 +139,8 @@ class BinaryPrompt(TokenPrompt):
 
     @property
     def stored_bits(self) -> int:
-        numbers = sum(value.numel() for layer in range(len(self.shapes)) for value in self.affine(layer) if value.any())
+        kept = 2 if self.frame or self.config.scaling == "learned" else 1  # α and β, or α alone
+        numbers = sum(value.numel() for layer in range(len(self.shapes)) for value in self.affine(layer)[:kept])
         return sum(rows * columns for rows, columns in self.shapes) + 32 * numbers
 
     @torch.no_grad()
