@@ -51,8 +51,9 @@ def bit_flips(
     if not (hasattr(prompt, "latents") and hasattr(prompt, "bits")):
         raise SettingsError(f"fault 'bit_flips' on {type(prompt).__name__}: allowed are prompts of bits, such as SpikeNVPT")
     for layer, latent in enumerate(prompt.latents):
-        flipped = (torch.rand(latent.shape, generator=generator) < share).to(latent.device)
-        latent.copy_(torch.where(flipped, 1 - 2 * prompt.bits(layer), latent))
+        bits = prompt.bits(layer)
+        flipped = (torch.rand(bits.shape, generator=generator) < share).to(bits.device)
+        latent.copy_(torch.where(flipped, 1 - 2 * bits, latent))
 
 # %% ../nbs/11_faults.ipynb #c12
 def on_tensors(

@@ -56,6 +56,16 @@ def test_flips_have_their_share_and_touch_nothing_else(spiking, share):
     assert torch.equal(moved[flipped], 1 - 2 * bits[flipped])
 
 
+@pytest.mark.parametrize("current", ["constant", "separate", "carried"])
+def test_a_bit_flips_whole_however_time_is_read(current):
+    prompt = prompted(SpikeNVPT, SpikeNVPTConfig(current=current)).prompt
+    bits = all_bits(prompt)
+    with faulty(prompt, "bit_flips", 1, seeded()):
+        assert torch.equal(all_bits(prompt), 1 - bits)
+    with faulty(prompt, "bit_flips", 0.5, seeded()):
+        assert (all_bits(prompt) != bits).float().mean() == pytest.approx(0.5, abs=4 * 0.5 / len(bits) ** 0.5)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 def test_quantised_values_lie_on_a_few_levels_nearby(bits):
     values = torch.randn(1000, generator=seeded())
