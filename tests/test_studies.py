@@ -41,6 +41,8 @@ def test_what_is_chosen_is_compared(tmp_path):
     lorsp, mask = (trained[name]["pocket_resnet"]["0"] for name in ("lorsp", "random_mask"))
     assert mask["firing_rate"] == pytest.approx(lorsp["firing_rate"], abs=0.5 / 32)  # whole rows of 32
     assert mask["density"] == pytest.approx(lorsp["density"], abs=0.02)
+    untrained = trained["untrained"]["pocket_resnet"]["0"]
+    assert untrained["prompt_parameters"] == 0 and len(set(untrained["over_training"]["density"])) == 1 and untrained["density"] > 0.1
     assert lorsp["rank"] <= 2 and lorsp["largest_where_nothing_fired"] == 0
     assert len(lorsp["over_training"]["density"]) == 2 and set(lorsp["flips"]) == {"0.05", "0.1"}
     tested = read_record(tmp_path / "compared-lorsp.json.gz")["pocket_resnet"]["digits"]["lorsp"]["0"]
