@@ -1,4 +1,4 @@
-"The notebooks of the lorsp study run on a few digits, and write what the findings read."
+"The notebooks of the studies of both methods run on a few digits, and write what the findings read."
 import json
 import shutil
 import subprocess
@@ -12,9 +12,9 @@ from spikeprompt.scores import pack, read_record, unpack, write_record
 from spikeprompt.settings import read_params, root
 
 
-def papermill(notebook, folder, *parameters):
+def papermill(notebook, folder, *parameters, study="lorsp"):
     subprocess.run(["papermill", "--engine", "plain", "--no-progress-bar", "--log-level", "ERROR", "-k", "python3",
-                    f"studies/lorsp/{notebook}.ipynb", str(folder / "executed.ipynb"), *parameters],
+                    f"studies/{study}/{notebook}.ipynb", str(folder / "executed.ipynb"), *parameters],
                    cwd=root, check=True, capture_output=True, text=True)
 
 
@@ -106,3 +106,81 @@ def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
     assert text.count("**Goal missed.**") == 3 and "Goal met" not in text
     assert "behind, clean or under noise: `magnitude_mask`" in text and "density moves" in text
     assert "Largest gap" in text and "missed by" in text  # 0.3 is not the density of one factor pair at a rate of 0.3
+
+
+def test_tokens_and_borders_are_chosen_and_compared(tmp_path):
+    chosen = tmp_path / "chosen.json"
+    papermill("choose", tmp_path, "-p", "scores", str(chosen), study="spike_nvpt")
+    found = json.loads(chosen.read_text())
+    assert set(found["best"]) == {"lr", "frame_lr"} and found["best"]["lr"]["random_bits"] == 0 < found["best"]["frame_lr"]["random_bits"]
+    for kind, backbone in (("lr", "pocket_vit"), ("frame_lr", "pocket_resnet")):
+        judged = {float(lr): by[backbone]["val_accuracy"] for lr, by in found["tried"]["spike_nvpt"][kind].items()}
+        assert judged[found["best"][kind]["spike_nvpt"]] == max(judged.values()) and len(judged) >= 2
+
+    papermill("compare", tmp_path, "-p", "chosen", str(chosen), "-p", "scores", str(tmp_path), study="spike_nvpt")
+    trained = read_record(tmp_path / "trained.json.gz")
+    bits = trained["random_bits"]["pocket_vit"]["0"]
+    assert bits["prompt_parameters"] == 0 and set(bits["over_training"]["flipped"]) == {0} and set(bits["flipped_bits"]) == {"0.05"}
+    assert "flipped_bits" not in trained["vpt"]["pocket_vit"]["0"]
+    tested = read_record(tmp_path / "compared-spike_nvpt.json.gz")
+    for backbone in "pocket_vit", "pocket_resnet":
+        levels = tested[backbone]["digits"]["spike_nvpt"]["0"]
+        assert {name: set(of) for name, of in levels.items()} == {"clean": {"0.0"}, "gaussian": {"0.1"}, "shot_noise": {"3"}}
+
+
+@pytest.fixture(scope="module")
+def made_up_bits(tmp_path_factory):
+    "Writes scores of the spike_nvpt study with a known truth, and gives the text of the findings."
+    def findings(gains):  # variant -> points above the linear probe; None for all the others
+        folder, own = tmp_path_factory.mktemp("bits"), read_params("studies/spike_nvpt/params.yaml")
+        rng, backbones = np.random.default_rng(0), read_params()["backbones"]
+        gain = lambda name: gains.get(name, gains[None]) * (name != "linear_probe")
+        for part, settings in own["parts"].items():
+            names = [name for listed in settings["variants"].values() for name in listed]
+            tried = {name: {kind: {"0.1": {backbone: {"loss": 0.1, "val_accuracy": 0.8 + gain(name) / 100, "density": 0.2,
+                                                      "noisy 0.1": 0.7, "noisy 0.3": 0.5} for backbone in backbones
+                                           if (backbone in ("pocket_vit", "pocket_swin")) == (kind == "lr")}}
+                            for kind in ("lr", "frame_lr")} for name in names}
+            best = {kind: dict.fromkeys(names, 0.1) for kind in ("lr", "frame_lr")}
+            (folder / f"chosen-{part}.json").write_text(json.dumps({"best": best, "tried": tried}))
+        for part in "credit", "time":
+            (folder / part).mkdir()
+            settings, test, trained = own["parts"][part], own["test"][part], {}
+            test["noise"], test["seeds"] = {"sigmas": [0.1], "corruptions": ["shot_noise"], "severities": [3]}, [0, 1, 2]
+            settings["pictures"]["n_test"] = 400
+            difficulty = rng.beta(0.5, 0.15, 400)
+            luck = {(backbone, seed): rng.random(400) for backbone in backbones for seed in test["seeds"]}
+            for method, variants in {"linear_probe": {"linear_probe": {}}, **settings["variants"]}.items():
+                record = {}
+                for name in variants:
+                    for (backbone, seed), drawn in luck.items():
+                        right = drawn < difficulty + gain(name) / 100
+                        scored = {"accuracy": right.mean(), "ece": 0.0, "correct": pack(right)}
+                        tested = {"clean": {"0.0": scored}, "gaussian": {"0.1": scored}, "shot_noise": {"3": scored}}
+                        record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
+                        kept = trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {"prompt_parameters": 1, "density": 0.2}
+                        if "spike_nvpt" in method:
+                            kept |= {"over_training": {"density": [0.2, 0.2], "flipped": [0.0, 0.1]},
+                                     "flipped_bits": {"0.01": 0.8, "0.05": 0.7}}
+                            kept |= {"twins": 0.0} if backbone in ("pocket_vit", "pocket_swin") else {}
+                write_record(record, folder / part / f"compared-{method}.json.gz")
+            write_record(trained, folder / part / "trained.json.gz")
+        (folder / "params.yaml").write_text(yaml.safe_dump(own))
+        papermill("findings", folder, "-p", "study", str(folder / "params.yaml"), "-p", "scores", str(folder), study="spike_nvpt")
+        outputs = [output for cell in nbformat.read(folder / "executed.ipynb", 4).cells for output in cell.get("outputs", [])]
+        return "\n".join(output["data"].get("text/markdown", "") for output in outputs if "data" in output)
+    return findings
+
+
+def test_findings_say_what_the_scores_say_when_spikes_win(made_up_bits):
+    text = made_up_bits({None: 0.0, "spike_nvpt": 14.0, "t16_noise": 14.0})
+    assert text.count("**met**") == 3 and "**missed**" not in text
+    assert "Against straight-through binarisation: ahead, clean and corrupted" in text and "are not shown worse" not in text
+    assert "`t16_noise` (clean" in text and "`t8`" not in text
+
+
+def test_findings_say_what_the_scores_say_when_spikes_do_not(made_up_bits):
+    text = made_up_bits({None: 0.0, "vpt": 8.0, "vpt_decay": 8.0})
+    assert text.count("**missed**") == 3 and "**met**" not in text
+    assert text.count("no difference shown, so the spiking part is not the cause") == 2
+    assert "`vpt`, `vpt_decay`, `vpt_noise` are not shown worse" in text
