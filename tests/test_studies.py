@@ -114,8 +114,9 @@ def test_tokens_and_borders_are_chosen_and_compared(tmp_path):
     found = json.loads(chosen.read_text())
     assert set(found["best"]) == {"lr", "frame_lr"} and found["best"]["lr"]["random_bits"] == 0 < found["best"]["frame_lr"]["random_bits"]
     for kind, backbone in (("lr", "pocket_vit"), ("frame_lr", "pocket_resnet")):
-        judged = {float(lr): by[backbone]["val_accuracy"] for lr, by in found["tried"]["spike_nvpt"][kind].items()}
-        assert judged[found["best"][kind]["spike_nvpt"]] == max(judged.values()) and len(judged) >= 2
+        judged = {float(lr): by[backbone]["val_accuracy"] + (by[backbone]["noisy 0.1"] + by[backbone]["noisy 0.3"]) / 2
+                  for lr, by in found["tried"]["spike_nvpt"][kind].items()}
+        assert judged[found["best"][kind]["spike_nvpt"]] >= max(judged.values()) - 1e-3 and len(judged) >= 2
 
     papermill("compare", tmp_path, "-p", "chosen", str(chosen), "-p", "scores", str(tmp_path), study="spike_nvpt")
     trained = read_record(tmp_path / "trained.json.gz")
@@ -125,7 +126,7 @@ def test_tokens_and_borders_are_chosen_and_compared(tmp_path):
     tested = read_record(tmp_path / "compared-spike_nvpt.json.gz")
     for backbone in "pocket_vit", "pocket_resnet":
         levels = tested[backbone]["digits"]["spike_nvpt"]["0"]
-        assert {name: set(of) for name, of in levels.items()} == {"clean": {"0.0"}, "gaussian": {"0.1"}, "shot_noise": {"3"}}
+        assert {name: set(of) for name, of in levels.items()} == {"clean": {"0"}, "gaussian": {"0.1"}, "shot_noise": {"3"}}
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +157,7 @@ def made_up_bits(tmp_path_factory):
                     for (backbone, seed), drawn in luck.items():
                         right = drawn < difficulty + gain(name) / 100
                         scored = {"accuracy": right.mean(), "ece": 0.0, "correct": pack(right)}
-                        tested = {"clean": {"0.0": scored}, "gaussian": {"0.1": scored}, "shot_noise": {"3": scored}}
+                        tested = {"clean": {"0": scored}, "gaussian": {"0.1": scored}, "shot_noise": {"3": scored}}
                         record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
                         kept = trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {"prompt_parameters": 1, "density": 0.2}
                         if "spike_nvpt" in method:
@@ -173,7 +174,7 @@ def made_up_bits(tmp_path_factory):
 
 
 def test_findings_say_what_the_scores_say_when_spikes_win(made_up_bits):
-    text = made_up_bits({None: 0.0, "spike_nvpt": 14.0, "t16_noise": 14.0})
+    text = made_up_bits({None: 0.0, "spike_nvpt": 40.0, "t16_noise": 40.0})
     assert text.count("**met**") == 3 and "**missed**" not in text
     assert "Against straight-through binarisation: ahead, clean and corrupted" in text and "are not shown worse" not in text
     assert "`t16_noise` (clean" in text and "`t8`" not in text
