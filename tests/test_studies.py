@@ -18,6 +18,24 @@ def papermill(notebook, folder, *parameters, study="lorsp"):
                    cwd=root, check=True, capture_output=True, text=True)
 
 
+def findings_text(folder, own, study):
+    "What the findings of a study say of the scores in a folder."
+    (folder / "params.yaml").write_text(yaml.safe_dump(own))
+    papermill("findings", folder, "-p", "study", str(folder / "params.yaml"), "-p", "scores", str(folder), study=study)
+    outputs = [output for cell in nbformat.read(folder / "executed.ipynb", 4).cells for output in cell.get("outputs", [])]
+    return "\n".join(output["data"].get("text/markdown", "") for output in outputs if "data" in output)
+
+
+def answered(difficulty, luck, points, levels):
+    "What one variant answers: backbone and seed -> corruption -> level -> score, the same luck for everybody."
+    found = {}
+    for key, drawn in luck.items():
+        right = drawn < difficulty + points / 100
+        scored = {"accuracy": right.mean(), "ece": 0.0, "correct": pack(right)}
+        found[key] = {corruption: {level: scored} for corruption, level in levels.items()}
+    return found
+
+
 def test_choices_are_recorded_for_every_change_and_rate(tmp_path):
     papermill("choose", tmp_path, "-p", "part", "options", "-p", "scores", str(tmp_path / "options.json"))
     tried = json.loads((tmp_path / "options.json").read_text())["tried"]
@@ -60,10 +78,7 @@ def made_up(tmp_path_factory):
             own[part]["pictures"]["n_test"] = 500
             write_part(folder, part, own, gains)
         shutil.copy(root / "studies/lorsp/scores/chosen-options.json", folder)
-        (folder / "params.yaml").write_text(yaml.safe_dump(own))
-        papermill("findings", folder, "-p", "study", str(folder / "params.yaml"), "-p", "scores", str(folder))
-        outputs = [output for cell in nbformat.read(folder / "executed.ipynb", 4).cells for output in cell.get("outputs", [])]
-        return "\n".join(output["data"].get("text/markdown", "") for output in outputs if "data" in output)
+        return findings_text(folder, own, "lorsp")
     return findings
 
 
@@ -77,10 +92,8 @@ def write_part(folder, part, own, gains):
         record = {}
         for name, settings in variants.items():
             best[name], size = 0.1, 192 * (settings or {}).get("rank", 0)
-            for (backbone, seed), drawn in luck.items():
-                chance = difficulty + gains.get(name, gains[None]) / 100 * (name != "linear_probe")
-                scored = {"accuracy": (drawn < chance).mean(), "ece": 0.0, "correct": pack(drawn < chance)}
-                tested = {"clean": {"0.0": scored}, "gaussian": {"0.1": scored}}
+            points = gains.get(name, gains[None]) * (name != "linear_probe")
+            for (backbone, seed), tested in answered(difficulty, luck, points, {"clean": "0.0", "gaussian": "0.1"}).items():
                 record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
                 trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {
                     "prompt_parameters": size, "density": 0.3, "rank": 1, "largest_where_nothing_fired": 0.0, "support_iou": 0.3,
@@ -155,10 +168,8 @@ def made_up_bits(tmp_path_factory):
             for method, variants in {"linear_probe": {"linear_probe": {}}, **settings["variants"]}.items():
                 record = {}
                 for name in variants:
-                    for (backbone, seed), drawn in luck.items():
-                        right = drawn < difficulty + gain(name) / 100
-                        scored = {"accuracy": right.mean(), "ece": 0.0, "correct": pack(right)}
-                        tested = {"clean": {"0": scored}, "gaussian": {"0.1": scored}, "shot_noise": {"3": scored}}
+                    levels = {"clean": "0", "gaussian": "0.1", "shot_noise": "3"}
+                    for (backbone, seed), tested in answered(difficulty, luck, gain(name), levels).items():
                         record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
                         kept = trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {"prompt_parameters": 1, "density": 0.2}
                         if "spike_nvpt" in method:
@@ -167,10 +178,7 @@ def made_up_bits(tmp_path_factory):
                             kept |= {"twins": 0.0} if backbone in ("pocket_vit", "pocket_swin") else {}
                 write_record(record, folder / part / f"compared-{method}.json.gz")
             write_record(trained, folder / part / "trained.json.gz")
-        (folder / "params.yaml").write_text(yaml.safe_dump(own))
-        papermill("findings", folder, "-p", "study", str(folder / "params.yaml"), "-p", "scores", str(folder), study="spike_nvpt")
-        outputs = [output for cell in nbformat.read(folder / "executed.ipynb", 4).cells for output in cell.get("outputs", [])]
-        return "\n".join(output["data"].get("text/markdown", "") for output in outputs if "data" in output)
+        return findings_text(folder, own, "spike_nvpt")
     return findings
 
 
