@@ -35,15 +35,14 @@ def plain(
 
 # %% ../nbs/01_run.ipynb #c07
 def with_palettes(
-    nb,                 # a notebook, changed in place
-    colours: int = 96,  # of each PNG, 2 to 256
-):                      # the same notebook
+    nb,  # a notebook, changed in place
+):       # the same notebook
     "Give the PNGs of a notebook a palette where that makes them smaller."
     for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
         if png := output.get("data", {}).get("image/png"):
             small = BytesIO()
             picture = Image.open(BytesIO(b64decode(png))).convert("RGB")
-            picture.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+            picture.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
             output["data"]["image/png"] = min(png, b64encode(small.getvalue()).decode() + "\n", key=len)
     return nb
 
