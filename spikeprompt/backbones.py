@@ -33,7 +33,8 @@ class Backbone(nn.Module):
         super().__init__()
         config, patches = resolve_model_data_config(model), getattr(model, "patch_embed", None)
         own = getattr(patches, "img_size", None) or config["input_size"][1:]  # a token model knows the size it was built for
-        self.name, self.input_size, self.interpolation = name, (img_size, img_size) if img_size else tuple(own), config["interpolation"]
+        self.name, self.img_size, self.interpolation = name, img_size, config["interpolation"]
+        self.input_size = (img_size, img_size) if img_size else tuple(own)
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
         model.reset_classifier(0)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Params', 'distinct', 'names', 'variants_of', 'check_targets', 'check_variants', 'check_params', 'sources',
-           'write_settings', 'read_settings', 'main', 'prepared_split', 'starting_point', 'run', 'one_thread',
-           'side_by_side', 'next_rates', 'save_run', 'load_run']
+           'write_settings', 'read_settings', 'main', 'prepared_split', 'noisy_validation', 'starting_point', 'run',
+           'one_thread', 'side_by_side', 'next_rates', 'search', 'save_run', 'load_run']
 
 # %% ../nbs/09_experiments.ipynb #c02
 import json
@@ -22,10 +22,12 @@ import torch
 from accelerate.utils import set_seed
 from joblib import Parallel, cpu_count, delayed
 from joblib.externals.loky import get_reusable_executor
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
 from .backbones import Backbone, create_backbone
-from .corruptions import conditions
+from .corruptions import conditions, corrupted
 from .data import DataError, Pictures, Split, read_target, split, test_pictures, to_size
 from .prompts import Head, PromptedModel, method_class, prompt_parameters
 from .settings import RobustnessSettings, Settings, SettingsError, TargetSettings, TrainSettings, parse, read_params, root
@@ -189,6 +191,19 @@ def prepared_split(
     fit = lambda images, labels: (to_size(images, backbone.input_size, backbone.interpolation), labels)
     return Split(fit(*chosen.train), fit(*chosen.val))
 
+# %% ../nbs/09_experiments.ipynb #c37
+def noisy_validation(
+    pictures: Pictures,
+    settings: TargetSettings,
+    seed: int,
+    backbone,             # its input size and interpolation count
+    target: str,          # for error messages
+    sigma: float,         # of Gaussian noise; 1 is the whole range of a pixel
+) -> Tensor:              # uint8 [N, 3, H, W]
+    "The validation pictures under noise, made as the test pictures' is: before they get the backbone's size."
+    images = corrupted(split(pictures, settings, seed, target).val[0], "gaussian", sigma, sigma, seed)
+    return to_size(images, backbone.input_size, backbone.interpolation)
+
 # %% ../nbs/09_experiments.ipynb #c24
 def starting_point(
     backbone: str,        # timm's name
@@ -263,14 +278,35 @@ def next_rates(
     best = grid.index(max(tried, key=tried.get))
     return [lr for lr in grid[max(best - 1, 0):best + 2] if lr not in tried]
 
+# %% ../nbs/09_experiments.ipynb #c36
+def search(
+    work: Callable,            # backbone, variant, learning rate, what `starts` holds -> a record; its `judged` counts, in [0, 1]
+    starts: dict[str, tuple],  # backbone -> what else `work` gets
+    groups: dict[tuple[str, str], list[str]],  # variant, kind of rate -> the backbones that share it
+    rates: Callable,           # variant, kind of rate, mean `judged` of each rate tried -> the rates to try next
+) -> pd.DataFrame:             # a row for each run: backbone, variant, kind, lr and the record
+    "Try learning rates for all groups, side by side, until `rates` has no more for any."
+    rows, tried = [], {group: {} for group in groups}
+    while jobs := [(backbone, *group, lr) for group, backbones in groups.items()
+                   for lr in rates(*group, tried[group]) for backbone in backbones]:
+        calls = [(backbone, variant, lr, *starts[backbone]) for backbone, variant, _, lr in jobs]
+        for job, record in zip(jobs, side_by_side(work, calls)):
+            rows.append(dict(zip(("backbone", "variant", "kind", "lr"), job)) | record)
+            print("{backbone} {variant}, {kind} {lr}: {judged:.3f}".format(**rows[-1]))
+        means = pd.DataFrame(rows).groupby(["variant", "kind", "lr"], sort=False).judged.mean().round(6)  # ties are ties
+        for variant, kind, lr in means.index:
+            tried[variant, kind][lr] = means[variant, kind, lr]
+    return pd.DataFrame(rows)
+
 # %% ../nbs/09_experiments.ipynb #c34
 def save_run(
     model: PromptedModel,
     path: str | Path,  # .safetensors
 ):
-    "Write prompt and head of a run."
+    "Write prompt and head of a run, and the size of its pictures where that is not the backbone's own."
     state = {name: value.detach().cpu().contiguous() for name, value in trainable_state(model).items()}
-    save_file(state, path)
+    size = model.backbone.img_size
+    save_file(state, path, {"img_size": str(size)} if size else None)
 
 # %% ../nbs/09_experiments.ipynb #c35
 def load_run(
@@ -279,10 +315,15 @@ def load_run(
     method: str,
     config: Settings,    # of the method
     weights: str | Path, # folder of the backbone's weights
-    img_size: int | None = None,  # pixels a side that it was trained on; None: the backbone's own
+    img_size: int | None = None,  # pixels a side; None: as it was trained
 ) -> PromptedModel:
-    "Put a saved prompt and head on a fresh frozen backbone."
-    state = load_file(path)
+    "Put a saved prompt and head on a fresh frozen backbone; raises `SettingsError` for another `img_size` than it was trained on."
+    with safe_open(path, "pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+        trained_on = (file.metadata() or {}).get("img_size")
+    if img_size and str(img_size) != trained_on:
+        raise SettingsError(f"img_size = {img_size}: {path} was trained on {trained_on or 'the own size of its backbone'}")
+    img_size = int(trained_on) if trained_on else None
     frozen = create_backbone(backbone, weights, img_size)
     head = Head(*(state[f"head.{name}"] for name in ("mean", "std", "linear.weight", "linear.bias")))
     model = PromptedModel(frozen, method_class(method)(config, frozen), head)

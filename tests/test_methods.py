@@ -235,3 +235,18 @@ def test_a_timm_model_from_a_folder_of_weights(tmp_path):
     assert smaller(torch.rand(2, 3, 96, 96)).shape == (2, 192)
     with pytest.raises(ValueError, match="vit_tiny_patch16_224.safetensors does not fit the model"):
         create_backbone("vit_tiny_patch16_224", tmp_path, depth=2)
+
+
+def test_a_run_remembers_the_size_of_its_pictures(tmp_path):
+    train = TrainSettings(epochs=1, probe_c=[0.01], img_size=48)
+    fresh = create_backbone("pocket_vit", img_size=48)
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32), 0, fresh, "digits")
+    probe = linear_probe(fresh, pixels, train.probe_c)
+    config = method_class("vpt").config_class()
+    model, _, _ = run("pocket_vit", "vpt", config, pixels, probe, train, 0, report=lambda line: None)
+    save_run(model, tmp_path / "run.safetensors")
+    loaded = load_run(tmp_path / "run.safetensors", "pocket_vit", "vpt", config, train.weights)
+    assert loaded.backbone.input_size == (48, 48)
+    assert torch.equal(outputs(loaded, pixels.val[0]), outputs(model, pixels.val[0]))
+    with pytest.raises(SettingsError, match="img_size = 64: .*run.safetensors was trained on 48"):
+        load_run(tmp_path / "run.safetensors", "pocket_vit", "vpt", config, train.weights, 64)
