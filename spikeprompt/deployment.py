@@ -48,8 +48,7 @@ def export_tokens(
     if isinstance(prompt, BinaryPrompt):
         bits = prompt.everywhere(prompt.bits).cpu().numpy() > 0.5
         state = {"bits": torch.from_numpy(np.packbits(bits))}
-        numbers = {(name, layer): value for layer in layers for name, value in zip(("alpha", "beta"), prompt.affine(layer))}
-        state |= {f"{name}.{layer}": value for (name, layer), value in numbers.items() if value.any()}
+        state |= {f"{name}.{layer}": value for layer in layers for name, value in prompt.affine(layer).items()}
     else:
         state = {f"values.{layer}": prompt.entering(layer) for layer in layers}
     record = {"method": method, "config": prompt.config.model_dump(), "shapes": prompt.shapes, "stored_bits": prompt.stored_bits,
@@ -72,7 +71,7 @@ def load_tokens(
     if "bits" in state:
         flat = torch.from_numpy(np.unpackbits(state["bits"].numpy(), count=sum(sizes))).float()
         for layer, (bits, shape) in enumerate(zip(flat.split(sizes), header["shapes"])):
-            values.append(state.get(f"alpha.{layer}", 0) * bits.view(shape) + state.get(f"beta.{layer}", 0))
+            values.append(state[f"alpha.{layer}"] * bits.view(shape) + state.get(f"beta.{layer}", 0))
     else:
         values = [state[f"values.{layer}"] for layer in range(len(sizes))]
     config = parse(method_class(header["method"]).config_class, header["config"], header["method"])

@@ -102,20 +102,20 @@ class BinaryPrompt(TokenPrompt):
         "The prompt of one place."
         return spike_discretization_unit(self.rates(layer), self.config.kappa)
 
-    def affine(self, layer: int) -> tuple[Tensor, Tensor]:  # α, β of one number, of one a dimension, or of one a channel
-        "What a token or a pixel is for a one, less what it is for a zero; and what it is for a zero."
+    def affine(self, layer: int) -> dict[str, Tensor]:  # of one number, of one a dimension, or of one a channel
+        "alpha: what a token or a pixel is for a one, less what it is for a zero; beta, if it is not always 0: what it is for a zero."
         if self.frame:
-            return self.alpha, self.beta
+            return {"alpha": self.alpha, "beta": self.beta}
         if self.config.scaling == "learned":
-            return self.scale[layer] * self.alpha[layer], self.scale[layer] * self.beta[layer]
-        return self.scale[layer], torch.zeros_like(self.scale[layer])
+            return {"alpha": self.scale[layer] * self.alpha[layer], "beta": self.scale[layer] * self.beta[layer]}
+        return {"alpha": self.scale[layer]}
 
     def entering(self, layer: int) -> Tensor:
         bits = self.bits(layer)
         if self.training and self.config.rate_penalty:
             self.last_bits[layer] = bits
-        alpha, beta = self.affine(layer)
-        return alpha * bits + beta
+        numbers = self.affine(layer)
+        return numbers["alpha"] * bits + numbers.get("beta", 0.0)
 
     def penalty(self) -> Tensor | float:
         if not self.last_bits:
@@ -139,8 +139,7 @@ class BinaryPrompt(TokenPrompt):
 
     @property
     def stored_bits(self) -> int:
-        kept = 2 if self.frame or self.config.scaling == "learned" else 1  # α and β, or α alone
-        numbers = sum(value.numel() for layer in range(len(self.shapes)) for value in self.affine(layer)[:kept])
+        numbers = sum(value.numel() for layer in range(len(self.shapes)) for value in self.affine(layer).values())
         return sum(rows * columns for rows, columns in self.shapes) + 32 * numbers
 
     @torch.no_grad()
