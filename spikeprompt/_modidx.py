@@ -129,8 +129,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'spikeprompt.experiments.side_by_side': ( 'experiments.html#side_by_side',
                                                                                    'spikeprompt/experiments.py'),
                                          'spikeprompt.experiments.sources': ('experiments.html#sources', 'spikeprompt/experiments.py'),
-                                         'spikeprompt.experiments.starting_point': ( 'experiments.html#starting_point',
-                                                                                     'spikeprompt/experiments.py'),
                                          'spikeprompt.experiments.variants_of': ( 'experiments.html#variants_of',
                                                                                   'spikeprompt/experiments.py'),
                                          'spikeprompt.experiments.write_settings': ( 'experiments.html#write_settings',

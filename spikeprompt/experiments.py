@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Params', 'distinct', 'names', 'variants_of', 'check_targets', 'check_variants', 'check_params', 'sources',
-           'write_settings', 'read_settings', 'main', 'prepared_split', 'noisy_validation', 'starting_point', 'run',
-           'one_thread', 'side_by_side', 'next_rates', 'search', 'save_run', 'load_run']
+           'write_settings', 'read_settings', 'main', 'prepared_split', 'noisy_validation', 'run', 'one_thread',
+           'side_by_side', 'next_rates', 'search', 'save_run', 'load_run']
 
 # %% ../nbs/09_experiments.ipynb #c02
 import json
@@ -31,7 +31,7 @@ from .corruptions import conditions, corrupted
 from .data import DataError, Pictures, Split, read_target, split, test_pictures, to_size
 from .prompts import Head, PromptedModel, method_class, prompt_parameters
 from .settings import RobustnessSettings, Settings, SettingsError, TargetSettings, TrainSettings, parse, read_params, root
-from .training import as_input, default_device, linear_probe, load_trainable_state, train_prompt, trainable_state
+from .training import as_input, default_device, load_trainable_state, train_prompt, trainable_state
 
 # %% ../nbs/09_experiments.ipynb #c05
 @dataclass
@@ -204,27 +204,12 @@ def noisy_validation(
     images = corrupted(split(pictures, settings, seed, target).val[0], "gaussian", sigma, sigma, seed)
     return to_size(images, backbone.input_size, backbone.interpolation)
 
-# %% ../nbs/09_experiments.ipynb #c24
-def starting_point(
-    backbone: str,        # timm's name
-    pictures: Pictures,
-    settings: TargetSettings,
-    seed: int,
-    target: str,          # for error messages
-    train: TrainSettings,
-) -> tuple[Split, tuple[Head, float]]:  # pictures at the backbone's size; the linear probe on them, its validation accuracy
-    "What every method starts from on one backbone and seed."
-    frozen = create_backbone(backbone, train.weights, train.img_size).to(default_device())
-    pixels = prepared_split(pictures, settings, seed, frozen, target)
-    return pixels, linear_probe(frozen, pixels, train.probe_c)
-
 # %% ../nbs/09_experiments.ipynb #c25
 def run(
     backbone: str,           # timm's name
     method: str,
     config: Settings,        # of the method
     split: Split,
-    probe: tuple[Head, float],  # the linear probe on this split, its validation accuracy
     settings: TrainSettings,
     seed: int,
     report=print,            # gets one line an epoch
@@ -233,8 +218,7 @@ def run(
     set_seed(seed)
     frozen = create_backbone(backbone, settings.weights, settings.img_size)
     prompt = method_class(method)(config, frozen)
-    head = Head(probe[0].mean, probe[0].std, probe[0].linear.weight, probe[0].linear.bias)
-    model, history = train_prompt(frozen, prompt, head, split, settings, seed, report)
+    model, history = train_prompt(frozen, prompt, split, settings, seed, report)
     best = history[history.kept].iloc[-1]
     chosen = {"epoch": int(best.epoch), "val_accuracy": best.val_accuracy}
     device = next(model.parameters()).device

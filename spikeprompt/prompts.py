@@ -109,9 +109,9 @@ class Head(nn.Module):
     "Linear classifier on features standardised by fixed statistics."
 
     def __init__(self,
-                 mean: Tensor,    # [D] of the unprompted training features
+                 mean: Tensor,    # [D] of the training features at the start
                  std: Tensor,     # [D]
-                 weight: Tensor,  # [classes, D], the linear probe's
+                 weight: Tensor,  # [classes, D]
                  bias: Tensor     # [classes]
                  ):
         super().__init__()

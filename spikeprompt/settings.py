@@ -8,6 +8,7 @@ __all__ = ['here', 'root', 'SettingsError', 'Settings', 'complaint', 'parse', 'T
 
 # %% ../nbs/00_settings.ipynb #c02
 from pathlib import Path
+from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, ValidationError
@@ -72,7 +73,8 @@ class TrainSettings(Settings):
     head_lr: float = Field(0.001, gt=0, description="peak learning rate of the linear head")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the head's weights")
     probe_c: list[PositiveFloat] = Field([0.001, 0.01, 0.1, 1.0], min_length=1,
-                                 description="inverse L2 strengths of the linear probe; validation picks one")
+                                 description="inverse L2 strengths of the head that every run starts from; validation picks one")
+    keep: Literal["best", "last"] = Field("best", description="the epoch that validates best, or the last one")
     mixed_precision: str = Field("fp32", pattern="^(fp32|bf16|fp16)$", description="fp32, or Accelerate's mixed precision")
     weights: str = Field("spikeprompt/weights", description="folder of <timm name>.safetensors, relative to the project or absolute")
     img_size: int | None = Field(None, ge=8, description="pixels a side that the backbones get; none: each its own")

@@ -116,40 +116,36 @@ def snapshot(
 def train_prompt(
     backbone: Backbone,          # fresh: it gets the prompt's hooks
     prompt: Prompt,
-    head: Head,                  # the linear probe's
     split: Split,
     settings: TrainSettings,
     seed: int,                   # order of the pictures and noise of the prompt
     report: Callable = print,    # gets one line an epoch
-) -> tuple[PromptedModel, pd.DataFrame]:  # the model of the best epoch; epoch, loss, val_accuracy, kept, the prompt's measures
-    "Train prompt and head on a frozen backbone and keep the epoch that validates best."
+) -> tuple[PromptedModel, pd.DataFrame]:  # the model of the kept epoch; epoch, loss, val_accuracy, kept, the prompt's measures
+    "Train prompt and head on a frozen backbone and keep the epoch that validates best, or the last."
     precision = "no" if settings.mixed_precision == "fp32" else settings.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
     set_seed(seed)
     device = accelerator.device
-    backbone, prompt, head = backbone.to(device), prompt.to(device), head.to(device)
+    backbone, prompt = backbone.to(device), prompt.to(device)
     sample = as_input(split.train[0][:256].to(device))
     prompt.start(sample, backbone)
-    model = PromptedModel(backbone, prompt, head)
+    model = PromptedModel(backbone, prompt, nn.Identity())
     before = fingerprint(backbone)
-    learner, images, val = model, split.train[0], split.val[0]
-    if not prompt.lr:  # the features never change
-        model.head = nn.Identity()
-        images, val = outputs(model, images), outputs(model, val)
-        head, _ = fit_head((images, split.train[1]), (val, split.val[1]), settings.probe_c)  # on features with the prompt
-        model.head = learner = head.to(device)
+    features = Split(*((outputs(model, images), labels) for images, labels in (split.train, split.val)))
+    head, started = fit_head(features.train, features.val, settings.probe_c)
+    model.head = head.to(device)
+    learner, shown = (model, split) if prompt.lr else (head, features)  # features that never change are not computed again
 
     groups = [{"params": [*prompt.parameters()], "lr": prompt.lr, "weight_decay": prompt.weight_decay},
               {"params": [*head.parameters()], "lr": settings.head_lr, "weight_decay": settings.weight_decay}]
     optimizer = torch.optim.AdamW([group for group in groups if group["lr"]])
     order = torch.Generator().manual_seed(seed)
-    batches = DataLoader(TensorDataset(images, split.train[1]), settings.batch_size, shuffle=True, generator=order)
+    batches = DataLoader(TensorDataset(*shown.train), settings.batch_size, shuffle=True, generator=order)
     trained, optimizer, batches = accelerator.prepare(learner, optimizer, batches)
     steps = settings.epochs * len(batches)
     peaks = [group["lr"] for group in optimizer.param_groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, peaks, total_steps=steps)
 
-    started = accuracy(outputs(learner, val), split.val[1])
     best = (-1.0, None) if prompt.lr else (started, snapshot(model))  # an untrained prompt is no candidate
     history = [{"epoch": 0, "loss": float("nan"), "val_accuracy": started, "kept": not prompt.lr, **prompt.measures(sample)}]
     bar = tqdm(total=steps, disable=None, leave=False)  # a bar in a terminal, nothing in a notebook
@@ -167,8 +163,8 @@ def train_prompt(
             bar.update()
         prompt.progress = epoch / settings.epochs
         loss = torch.stack(losses).mean().item()
-        val_accuracy = accuracy(outputs(learner, val), split.val[1])
-        better = val_accuracy > best[0]
+        val_accuracy = accuracy(outputs(learner, shown.val[0]), shown.val[1])
+        better = val_accuracy > best[0] or settings.keep == "last"
         history.append({"epoch": epoch, "loss": loss, "val_accuracy": val_accuracy, "kept": better, **prompt.measures(sample)})
         accelerator.on_local_main_process(report)(f"  epoch {epoch:2d}/{settings.epochs}  loss {loss:.3f}  validation {val_accuracy:.3f}")
         if better:

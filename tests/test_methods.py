@@ -150,9 +150,8 @@ def trained(request, tmp_path_factory):
     train = TrainSettings(epochs=1, probe_c=[0.01])
     fresh = create_backbone(name)
     pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
-    probe = linear_probe(fresh, pixels, train.probe_c)
     config = method_class(method).config_class()
-    models = [run(name, method, config, pixels, probe, train, seed, report=lambda line: None)[0] for seed in (0, 0, 1)]
+    models = [run(name, method, config, pixels, train, seed, report=lambda line: None)[0] for seed in (0, 0, 1)]
     path = tmp_path_factory.mktemp("run") / "run.safetensors"
     save_run(models[0], path)
     loaded = load_run(path, name, method, config, train.weights)
@@ -177,13 +176,13 @@ def test_the_probes_head_goes_through_the_same_loop():
     pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
     probe = linear_probe(fresh, pixels, train.probe_c)
     method = method_class("linear_probe")
-    _, history, record = run("pocket_vit", "linear_probe", method.config_class(), pixels, probe, train, 0, report=lambda line: None)
+    _, history, record = run("pocket_vit", "linear_probe", method.config_class(), pixels, train, 0, report=lambda line: None)
     assert history.epoch.tolist() == [0, 1, 2] and history.val_accuracy[0] == pytest.approx(probe[1])
     assert record["val_accuracy"] == history.val_accuracy.max() and record["prompt_parameters"] == 0
 
 
 def test_a_method_that_touches_its_backbone_is_stopped():
-    from spikeprompt.prompts import Head, Prompt
+    from spikeprompt.prompts import Prompt
     from spikeprompt.training import train_prompt
 
     class Vandal(Prompt):
@@ -202,10 +201,8 @@ def test_a_method_that_touches_its_backbone_is_stopped():
 
     fresh = create_backbone("pocket_resnet")
     pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32), 0, fresh, "digits")
-    D = fresh.num_features
-    head = Head(torch.zeros(D), torch.ones(D), torch.zeros(10, D), torch.zeros(10))
     with pytest.raises(RuntimeError, match="'pocket_resnet' changed during training"):
-        train_prompt(fresh, Vandal(), head, pixels, TrainSettings(epochs=1), 0, report=lambda line: None)
+        train_prompt(fresh, Vandal(), pixels, TrainSettings(epochs=1), 0, report=lambda line: None)
 
 
 def test_bf16_keeps_the_spikes_in_fp32(prompted, images):
@@ -241,9 +238,8 @@ def test_a_run_remembers_the_size_of_its_pictures(tmp_path):
     train = TrainSettings(epochs=1, probe_c=[0.01], img_size=48)
     fresh = create_backbone("pocket_vit", img_size=48)
     pixels = prepared_split(read_digits(), TargetSettings(n_train=64, n_val=32), 0, fresh, "digits")
-    probe = linear_probe(fresh, pixels, train.probe_c)
     config = method_class("vpt").config_class()
-    model, _, _ = run("pocket_vit", "vpt", config, pixels, probe, train, 0, report=lambda line: None)
+    model, _, _ = run("pocket_vit", "vpt", config, pixels, train, 0, report=lambda line: None)
     save_run(model, tmp_path / "run.safetensors")
     loaded = load_run(tmp_path / "run.safetensors", "pocket_vit", "vpt", config, train.weights)
     assert loaded.backbone.input_size == (48, 48)

@@ -14,7 +14,7 @@ from spikeprompt.experiments import load_run, prepared_split, run, save_run
 from spikeprompt.methods.smm import SMM, SMMConfig, mask_network
 from spikeprompt.prompts import Head, PromptedModel, prompt_parameters
 from spikeprompt.settings import SettingsError, TargetSettings, TrainSettings
-from spikeprompt.training import linear_probe, outputs, trainable_state
+from spikeprompt.training import outputs, trainable_state
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,7 @@ def test_running_statistics_are_saved_with_a_run(tmp_path):
     train, config = TrainSettings(epochs=2, probe_c=[0.01]), SMMConfig()
     fresh = create_backbone("pocket_resnet")
     digits = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
-    probe = linear_probe(fresh, digits, train.probe_c)
-    model, history, record = run("pocket_resnet", "smm", config, digits, probe, train, 0, report=lambda line: None)
+    model, history, record = run("pocket_resnet", "smm", config, digits, train, 0, report=lambda line: None)
     assert history.density.iloc[0] == 0 and history.density.iloc[-1] > 0.99
     assert record["prompt_parameters"] == 26_499 + 3 * 32 * 32
     save_run(model, tmp_path / "run.safetensors")

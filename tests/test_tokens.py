@@ -201,7 +201,7 @@ def test_random_bits_get_a_head_of_their_own(images):
     frozen, train = create_backbone("pocket_vit"), TrainSettings(epochs=1, probe_c=[0.01])
     pixels = prepared_split(read_digits(), TargetSettings(n_train=200, n_val=100), 0, frozen, "digits")
     probe = linear_probe(frozen, pixels, train.probe_c)
-    heads = [run("pocket_vit", method, method_class(method).config_class(), pixels, probe, train, 0, report=lambda line: None)[1]
+    heads = [run("pocket_vit", method, method_class(method).config_class(), pixels, train, 0, report=lambda line: None)[1]
              for method in ("linear_probe", "spike_nvpt_random_bits")]
     assert heads[0].val_accuracy[0] == pytest.approx(probe[1]) and heads[1].val_accuracy[0] > 0.9
     with pytest.raises(SettingsError, match="rate_penalty = 1.0"):

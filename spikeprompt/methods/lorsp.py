@@ -175,7 +175,9 @@ class LoRSP(Prompt):
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
         spikes = self.spikes(images)
-        return {"density": (self.combine(spikes) != 0).float().mean().item(), "firing_rate": self.firing_rate(spikes).item()}
+        P = self.combine(spikes)
+        return {"density": (P != 0).float().mean().item(), "rms": P.square().mean().sqrt().item(),
+                "firing_rate": self.firing_rate(spikes).item()}
 
     @torch.no_grad()
     def operations(self, images: Tensor) -> dict[str, float]:
