@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['token_places', 'insert_tokens', 'remove_tokens', 'heads', 'window_bias', 'PromptedWindowAttention', 'key_value_rows',
            'TokenStream', 'StreamedWindowAttention', 'stream_tokens', 'attach_tokens', 'KeyValueRows',
-           'PromptedAttention', 'unprompted', 'with_rows', 'Frame', 'TokenPromptConfig', 'takes_tokens', 'TokenPrompt',
-           'StaticTokens', 'static_tokens', 'draw_tokens']
+           'PromptedAttention', 'unprompted', 'with_rows', 'Frame', 'token_statistics', 'TokenPromptConfig',
+           'takes_tokens', 'TokenPrompt', 'StaticTokens', 'static_tokens', 'draw_tokens']
 
 # %% ../nbs/06_tokens.ipynb #c02
 from collections.abc import Callable
@@ -304,6 +304,25 @@ class Frame(nn.Module):
         frame = torch.zeros(3, *self.size, dtype=images.dtype, device=images.device)
         frame[:, self.mask] = values.to(images.dtype)
         return pad(small, [self.border] * 4) + frame
+
+# %% ../nbs/06_tokens.ipynb #c44
+@torch.no_grad()
+def token_statistics(
+    backbone: Backbone,
+    images: Tensor,  # [B, 3, H, W] in [0, 1]
+) -> list[tuple[Tensor, Tensor]]:  # of the patch tokens entering each place: mean m [D], standard deviation σ [D]
+    "What the pretrained patch tokens are like at each block."
+    found, prefix = [], getattr(backbone.model, "num_prefix_tokens", 0)
+
+    def listen(_, args):
+        tokens = args[0][:, prefix:].float().flatten(0, -2)
+        found.append((tokens.mean(0), tokens.std(0, correction=0)))
+
+    hooks = [block.register_forward_pre_hook(listen) for block, _ in token_places(backbone)]
+    backbone(images)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 # %% ../nbs/06_tokens.ipynb #c35
 class TokenPromptConfig(PromptConfig):

@@ -111,7 +111,7 @@ def test_backbones_without_tokens_get_a_border_unless_tokens_are_asked_for(name)
 
 
 @pytest.mark.parametrize("current", ["noisy", "constant", "separate", "carried"])
-@pytest.mark.parametrize("scaling", ["fixed", "raw", "learned"])
+@pytest.mark.parametrize("scaling", ["matched", "fixed", "raw", "learned"])
 @pytest.mark.parametrize("name, depth", [("pocket_vit", "deep"), ("pocket_vit", "shallow"), ("pocket_swin", "shallow"),
                                          ("pocket_resnet", "deep")])
 def test_every_reading_trains_and_deploys(name, depth, current, scaling, prompted, images, tmp_path):
@@ -220,10 +220,11 @@ def test_what_does_not_fold_says_why(prompted, tmp_path):
     assert not (tmp_path / "prompt.safetensors").exists()
 
 
+@pytest.mark.parametrize("scaling, numbers", [("fixed", 1), ("matched", 2 * 768)])
 @pytest.mark.parametrize("depth, kilobytes", [("shallow", 0.94), ("deep", 11.25)])
-def test_packed_sizes_are_the_papers(depth, kilobytes, tmp_path):
+def test_bits_are_packed(depth, kilobytes, scaling, numbers, tmp_path):
     vit = Backbone("vit_base_patch16_224", timm.create_model("vit_base_patch16_224"))
-    export_tokens(SpikeNVPT(SpikeNVPTConfig(depth=depth), vit), tmp_path / "prompt.safetensors")
+    export_tokens(SpikeNVPT(SpikeNVPTConfig(depth=depth, scaling=scaling), vit), tmp_path / "prompt.safetensors")
     assert load_file(tmp_path / "prompt.safetensors")["bits"].nbytes / 1024 == pytest.approx(kilobytes, abs=0.005)
     places = 1 if depth == "shallow" else 12
-    assert load_tokens(tmp_path / "prompt.safetensors").stored_bits == places * (10 * 768 + 32)
+    assert load_tokens(tmp_path / "prompt.safetensors").stored_bits == places * (10 * 768 + 32 * numbers)

@@ -7,17 +7,20 @@ __all__ = ['VPTConfig', 'VPT']
 
 # %% ../../nbs/methods/vpt.ipynb #c02
 from math import sqrt
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones import Backbone
 from ..prompts import draw_pictures, register_method
-from ..tokens import TokenPrompt, TokenPromptConfig, draw_tokens
+from ..tokens import TokenPrompt, TokenPromptConfig, draw_tokens, token_statistics
 
 # %% ../../nbs/methods/vpt.ipynb #c04
 class VPTConfig(TokenPromptConfig):
     "Settings of VPT."
+    init: Literal["small", "matched"] = Field("small", description="VPT's own, or drawn like what is there: patch tokens, pixels")
 
 # %% ../../nbs/methods/vpt.ipynb #c06
 @register_method("vpt")
@@ -31,6 +34,15 @@ class VPT(TokenPrompt):
         if not self.frame:
             reach = sqrt(6 / (3 * backbone.model.patch_embed.patch_size[0] ** 2 + self.shapes[0][1]))
         self.values = nn.ParameterList(nn.Parameter(torch.empty(shape).uniform_(-reach, reach)) for shape in self.shapes)
+
+    @torch.no_grad()
+    def start(self, images: Tensor, backbone: Backbone):
+        "Draw a `matched` prompt."
+        if self.config.init == "small":
+            return
+        pixels = (images.mean((0, 2, 3))[:, None], images.std((0, 2, 3))[:, None])
+        for values, (mean, std) in zip(self.values, [pixels] if self.frame else token_statistics(backbone, images)):
+            values.copy_(mean + std * torch.randn_like(values))
 
     def entering(self, layer: int) -> Tensor:
         return self.values[layer]
