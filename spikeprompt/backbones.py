@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(3, 1, 1))
         self.register_buffer("std", torch.tensor(config["std"]).view(3, 1, 1))
         model.reset_classifier(0)
-        self.model = model.requires_grad_(False)
+        self.model = model.requires_grad_(False).to(memory_format=torch.channels_last)  # convolutions are faster so
         self.num_features = model.head_hidden_size
         self.eval()
 

@@ -45,7 +45,7 @@ def fold_head(
     if prompt_form(model.prompt) == "tokens":
         raise SettingsError(f"{type(model.prompt).__name__} does not fold into a plain timm model: it enters the backbone's blocks or "
                             "frames the picture; allowed are prompts that change pixels, and none (`fold_tokens` folds deep tokens)")
-    head, timm_model = model.head, deepcopy(model.backbone.model)
+    head, timm_model = model.head, deepcopy(model.backbone.model).to(memory_format=torch.contiguous_format)
     weight = head.linear.weight.double() / head.std.double()
     bias = head.linear.bias.double() - weight @ head.mean.double()
     timm_model.reset_classifier(len(bias))

@@ -66,14 +66,14 @@ def fit_head(
     "Logistic regression on features standardised by the training statistics, as a head."
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     x_train, x_val = (((features - mean) / std).numpy() for features, _ in (train, val))
-    best, best_accuracy = None, -1.0
-    for C in strengths:
+    model, best, best_accuracy = LogisticRegression(max_iter=1000, warm_start=True), None, -1.0
+    for C in sorted(strengths):
         with threadpool_limits(1):  # so small a problem is ten times slower on two threads
-            fitted = LogisticRegression(C=C, max_iter=1000).fit(x_train, train[1].numpy())
-        validated = fitted.score(x_val, val[1].numpy())
+            model.set_params(C=C).fit(x_train, train[1].numpy())
+        validated = model.score(x_val, val[1].numpy())
         if validated > best_accuracy:
-            best, best_accuracy = fitted, validated
-    weight, bias = (torch.from_numpy(part).float() for part in (best.coef_, best.intercept_))
+            best, best_accuracy = (model.coef_.copy(), model.intercept_.copy()), validated
+    weight, bias = (torch.from_numpy(part).float() for part in best)
     if len(weight) == 1:  # two classes: scikit-learn keeps the difference of the logits
         weight, bias = (torch.cat([-part, part]) / 2 for part in (weight, bias))
     return Head(mean, std, weight, bias), best_accuracy

@@ -25,7 +25,7 @@ class LoRSPConfig(PromptConfig):
     "Settings of LoRSP."
     reading: Literal["factor", "pixel", "select", "binary", "static"] = Field("factor", description="what spikes, and what the spikes gate")
     rank: int = Field(4, ge=1, le=64, description="K, pairs of factors a channel, and steps of the neuron")
-    alpha: float = Field(0.05, gt=0, description="α, amplitude of each factor pair, in pixels of [0, 1]")
+    alpha: float = Field(0.1, gt=0, description="α, amplitude of each factor pair, in pixels of [0, 1]")
     gain: float = Field(0.5, gt=0, description="g, strength of the image's current; `static` and `pixel` have none")
     rate: float = Field(0.3, gt=0, lt=1, description="ρ, share of the neurons that fire at each step at the start")
     pooled: int = Field(8, ge=1, description="q, the picture enters the current at no more than this many pixels a side")
@@ -43,7 +43,8 @@ def standardised(
     eps: float = 1e-5,
 ) -> Tensor:                        # same shape
     "Zero mean and unit variance."
-    return (x - x.mean(dims, keepdim=True)) / (x.var(dims, unbiased=False, keepdim=True) + eps).sqrt()
+    x = x - x.mean(dims, keepdim=True)
+    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
 
 # %% ../../nbs/methods/lorsp.ipynb #c09
 def seen(
