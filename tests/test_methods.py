@@ -181,6 +181,30 @@ def test_the_probes_head_goes_through_the_same_loop():
     assert record["val_accuracy"] == history.val_accuracy.max() and record["prompt_parameters"] == 0
 
 
+def test_every_head_starts_on_the_features_of_its_own_prompt():
+    train = TrainSettings(epochs=1, probe_c=[0.01])
+    fresh = create_backbone("pocket_vit")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=256, n_val=128), 0, fresh, "digits")
+    starts = {}
+    for alpha in 0.01, 3.0:
+        config = method_class("lorsp").config_class(alpha=alpha, lr=0.0)
+        starts[alpha] = run("pocket_vit", "lorsp", config, pixels, train, 0, report=lambda line: None)[1].val_accuracy[0]
+    assert starts[0.01] == pytest.approx(linear_probe(fresh, pixels, train.probe_c)[1], abs=0.05) and 0.3 < starts[3.0] < starts[0.01]
+
+
+@pytest.mark.parametrize("keep", ["best", "last"])
+def test_the_best_or_the_last_epoch_is_kept(keep):
+    fresh = create_backbone("pocket_vit")
+    pixels = prepared_split(read_digits(), TargetSettings(n_train=128, n_val=64), 0, fresh, "digits")
+    config = method_class("vpt").config_class(lr=3.0)  # so high that training gets worse
+    train = TrainSettings(epochs=5, probe_c=[0.01], keep=keep)
+    model, history, record = run("pocket_vit", "vpt", config, pixels, train, 0, report=lambda line: None)
+    best = history.val_accuracy[1:].idxmax()
+    assert best < 5 and record["epoch"] == (best if keep == "best" else 5)
+    assert record["val_accuracy"] == history.val_accuracy[record["epoch"]]
+    assert (outputs(model, pixels.val[0]).argmax(1) == pixels.val[1]).float().mean() == pytest.approx(record["val_accuracy"])
+
+
 def test_a_method_that_touches_its_backbone_is_stopped():
     from spikeprompt.prompts import Prompt
     from spikeprompt.training import train_prompt

@@ -16,10 +16,10 @@ from spikeprompt.energy import count_macs
 from spikeprompt.experiments import prepared_split, run
 from spikeprompt.export import traced
 from spikeprompt.methods.spike_nvpt import SpikeNVPT, SpikeNVPTConfig
-from spikeprompt.methods.vpt import VPT
+from spikeprompt.methods.vpt import VPT, VPTConfig
 from spikeprompt.prompts import Head, PromptedModel, method_class
 from spikeprompt.settings import SettingsError, TargetSettings, TrainSettings, parse
-from spikeprompt.tokens import TokenPromptConfig, attach_tokens, takes_tokens, token_places, unprompted, with_rows
+from spikeprompt.tokens import TokenPromptConfig, attach_tokens, takes_tokens, token_places, token_statistics, unprompted, with_rows
 from spikeprompt.training import linear_probe
 
 SMALL = {"vision_transformer": {"embed_dim": 32, "num_heads": 2, "depth": 2}, "deit": {"embed_dim": 32, "num_heads": 2, "depth": 2},
@@ -228,3 +228,37 @@ def test_bits_are_packed(depth, kilobytes, scaling, numbers, tmp_path):
     assert load_file(tmp_path / "prompt.safetensors")["bits"].nbytes / 1024 == pytest.approx(kilobytes, abs=0.005)
     places = 1 if depth == "shallow" else 12
     assert load_tokens(tmp_path / "prompt.safetensors").stored_bits == places * (10 * 768 + 32 * numbers)
+
+
+@pytest.mark.parametrize("name", ["pocket_vit", "pocket_swin"])
+def test_matched_tokens_start_with_mean_and_spread_of_the_patches(name, images):
+    backbone = create_backbone(name)
+    torch.manual_seed(0)
+    for prompt in SpikeNVPT(SpikeNVPTConfig(tokens=2000), backbone).eval(), VPT(VPTConfig(tokens=2000, init="matched"), backbone):
+        prompt.start(images, backbone)
+        for layer, (mean, std) in enumerate(token_statistics(backbone, images)):
+            tokens = prompt.entering(layer).detach()
+            assert ((tokens.mean(0) - mean).abs() < 0.15 * std + 1e-6).all()
+            assert (tokens.std(0) / std).sub(1).abs().max() < 0.15
+
+
+def test_contrast_is_what_a_border_starts_with_and_how_fast_its_colours_move(images):
+    torch.manual_seed(0)
+    loud, soft = (SpikeNVPT(SpikeNVPTConfig(contrast=contrast), create_backbone("pocket_resnet")) for contrast in (1.0, 0.1))
+    soft.load_state_dict(loud.state_dict())
+    torch.testing.assert_close(soft.eval().entering(0), 0.1 * loud.eval().entering(0))
+    for prompt in loud, soft:
+        prompt.entering(0).sum().backward()
+    torch.testing.assert_close(soft.alpha.grad, 0.1 * loud.alpha.grad)
+
+
+def test_a_carried_bit_flips_beyond_its_margin_alone():
+    prompt = SpikeNVPT(SpikeNVPTConfig(current="carried", margin=0.2), create_backbone("pocket_vit")).train()
+    with torch.no_grad():
+        for value, expected in ((0.0, 0), (0.69, 0), (0.71, 1), (0.31, 1), (0.29, 0)):
+            prompt.latents[0].fill_(value)
+            assert (prompt.bits(0) == expected).all(), value
+    prompt.latents[0].data.fill_(0.69)
+    assert (prompt.eval().bits(0) == 0).all()  # deployed as it was trained
+    with pytest.raises(SettingsError, match="margin = 0.5: allowed is less than 0.5"):
+        SpikeNVPT(SpikeNVPTConfig(current="carried", margin=0.5), create_backbone("pocket_vit"))
