@@ -161,7 +161,7 @@ def test_spike_nvpt_stores_packed_bits_and_scales(name, prompted, images):
     model = prompted(name, "spike_nvpt")
     prompt = model.prompt
     packed = [np.packbits(prompt.bits(layer).detach().numpy() > 0.5) for layer in range(len(prompt.latents))]
-    scales = 2 * 3 if prompt.frame else len(prompt.scale)  # α and β a channel, or one a block
+    scales = 2 * (3 if prompt.frame else sum(width for _, width in prompt.shapes))  # α and β: a channel, or a dimension and block
     assert footprint(model, images)["deployed_bytes"] == sum(bits.nbytes for bits in packed) + 4 * scales
 
 
