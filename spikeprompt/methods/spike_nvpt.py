@@ -23,11 +23,10 @@ from ..tokens import TokenPrompt, TokenPromptConfig, draw_tokens, token_statisti
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c05
 def signal_filtering_layer(
-    current: Tensor,                # I [T, ...]
-    membrane: Tensor | None = None, # u_0 [...]; none: empty
-) -> Tensor:                        # r in [0, 1], shape of one step
+    current: Tensor,  # I [T, ...]
+) -> Tensor:          # r in [0, 1], shape of one step
     "Firing rate of integrate-and-fire neurons."
-    return integrate_and_fire(current, membrane=membrane).mean(0)
+    return integrate_and_fire(current).mean(0)
 
 # %% ../../nbs/methods/spike_nvpt.ipynb #c09
 def spike_discretization_unit(
@@ -92,10 +91,12 @@ class BinaryPrompt(TokenPrompt):
             return
         rho = self.config.density
         for layer, (mean, std) in enumerate(token_statistics(backbone, images)[:len(self.shapes)]):
-            self.scale[layer] = (mean.square() + std.square()).mean().sqrt() / rho**0.5
             if self.config.scaling == "matched":
-                self.get_buffer(f"alpha_{layer}").copy_(std / (rho * (1 - rho))**0.5)
-                self.get_buffer(f"beta_{layer}").copy_(mean - rho * self.get_buffer(f"alpha_{layer}"))
+                alpha = std / (rho * (1 - rho))**0.5
+                self.get_buffer(f"alpha_{layer}").copy_(alpha)
+                self.get_buffer(f"beta_{layer}").copy_(mean - rho * alpha)
+            else:
+                self.scale[layer] = (mean.square() + std.square()).mean().sqrt() / rho**0.5
 
     def rates(self, layer: int) -> Tensor:  # r, shape of the place
         "What the bits are decided on."
@@ -201,8 +202,7 @@ class SpikeNVPT(BinaryPrompt):
         bits = torch.where(beyond, crossed, held).detach()
         if self.training:
             held.copy_(bits)
-        rate = self.rates(layer)
-        return rate + (bits - rate).detach()
+        return crossed + (bits - crossed).detach()
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
