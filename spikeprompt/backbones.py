@@ -55,11 +55,12 @@ class Backbone(nn.Module):
 
 # %% ../nbs/03_backbones.ipynb #c07
 def how_to_get(
-    name: str,  # a timm name
+    name: str,            # a timm name
+    weights: str | Path,  # the folder that lacks it
 ) -> str:
     "Where a missing file of weights comes from."
     return ("it comes with the project, in spikeprompt/weights" if name in pocket_names else
-            f"`spikeprompt-download {name}` fetches it from timm's hub")
+            f"`spikeprompt-download {name} --folder {weights}` fetches it from timm's hub")
 
 # %% ../nbs/03_backbones.ipynb #c08
 def resized(
@@ -95,7 +96,7 @@ def create_backbone(
         return resized(name, timm.create_model(name, pretrained=True, **kwargs), img_size)
     path = root / weights / f"{name}.safetensors"
     if not path.is_file():
-        raise SettingsError(f"backbone {name!r}: {path} is missing; " + how_to_get(name))
+        raise SettingsError(f"backbone {name!r}: {path} is missing; " + how_to_get(name, weights))
     model = timm.create_model(name, **kwargs)
     adapt = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)  # timm's own, e.g. for another img_size
     try:

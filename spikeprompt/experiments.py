@@ -254,7 +254,7 @@ def side_by_side(
 def next_rates(
     tried: dict[float, float],  # learning rate -> how well it validated
     grid: list[float],          # all that may be tried, rising
-    first: list[float],         # neighbours in the grid, tried by everybody
+    first: list[float],         # of the grid, tried by everybody
 ) -> list[float]:               # empty when the best is known
     "The learning rates to try next."
     if not tried:
@@ -299,16 +299,12 @@ def load_run(
     method: str,
     config: Settings,    # of the method
     weights: str | Path, # folder of the backbone's weights
-    img_size: int | None = None,  # pixels a side; None: as it was trained
 ) -> PromptedModel:
-    "Put a saved prompt and head on a fresh frozen backbone; raises `SettingsError` for another `img_size` than it was trained on."
+    "Put a saved prompt and head on a fresh frozen backbone, of the size of picture that it was trained on."
     with safe_open(path, "pt") as file:
         state = {name: file.get_tensor(name) for name in file.keys()}
         trained_on = (file.metadata() or {}).get("img_size")
-    if img_size and str(img_size) != trained_on:
-        raise SettingsError(f"img_size = {img_size}: {path} was trained on {trained_on or 'the own size of its backbone'}")
-    img_size = int(trained_on) if trained_on else None
-    frozen = create_backbone(backbone, weights, img_size)
+    frozen = create_backbone(backbone, weights, int(trained_on) if trained_on else None)
     head = Head(*(state[f"head.{name}"] for name in ("mean", "std", "linear.weight", "linear.bias")))
     model = PromptedModel(frozen, method_class(method)(config, frozen), head)
     load_trainable_state(model, state)

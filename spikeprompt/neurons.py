@@ -15,13 +15,12 @@ def integrate_and_fire(
     current: Tensor,           # I `[T, ...]`, time first
     v_threshold: float = 1.0,  # θ > 0
     alpha: float = 2.0,        # sharpness of the ATan surrogate gradient
-    membrane: Tensor | None = None,  # u_0, shape of one step; none: empty
 ) -> Tensor:                   # spikes in {0, 1} `[T, ...]`, fp32
     "Integrate-and-fire with soft reset and an ATan surrogate, over the first axis."
     with torch.autocast(current.device.type, enabled=False):
         current = current.float()
-        start = torch.zeros_like(current[0]) if membrane is None else membrane
-        return functional.if_multi_step(current, start, float(v_threshold), None, surrogate.ATan(alpha=alpha))[0]
+        empty = torch.zeros_like(current[0])
+        return functional.if_multi_step(current, empty, float(v_threshold), None, surrogate.ATan(alpha=alpha))[0]
 
 # %% ../nbs/05_neurons.ipynb #c09
 def constant_current_rate(

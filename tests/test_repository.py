@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from spikeprompt.backbones import create_backbone
-from spikeprompt.experiments import check_params
+from spikeprompt.experiments import check_params, variants_of
 from spikeprompt.pocket import pocket_names
 from spikeprompt.scores import read_tested
 from spikeprompt.settings import read_params, root
@@ -65,9 +65,11 @@ def test_committed_verdicts_are_those_of_the_committed_scores():
 def test_learning_rates_are_those_that_the_sweep_found_best():
     params, found = read_params(), json.loads((root / "studies/sweep/scores.json").read_text())
     frames = [name for name in params["backbones"] if not token_places(create_backbone(name))]
-    for variants in params["variants"].values():
+    for method, variants in params["variants"].items():
+        configs = variants_of(method, params["variants"])
         for name, settings in variants.items():
             assert name in found["best"], f"{name} has no sweep: run `uv run dvc repro studies/sweep/dvc.yaml`"
+            assert found["settings"][name] == configs[name].model_dump(exclude={"lr", "frame_lr"}), f"{name} was swept with other settings"
             assert found["best"][name] == {rate: settings[rate] for rate in ("lr", "frame_lr") if rate in settings}
             for rate, best in found["best"][name].items():
                 # tokens and frames have a rate each, pixel patterns one for all backbones

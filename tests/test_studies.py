@@ -110,7 +110,7 @@ def test_findings_say_what_the_scores_say_when_lorsp_wins(made_up):
     text = made_up({None: 0.0, "lorsp": 8.0, "no_carry": 8.0, **{f"lorsp_k{K}": 8.0 for K in (1, 2, 4, 8)}})
     assert text.count("**Goal met.**") == 6 and "Goal missed" not in text
     assert "no difference shown on either: `no_carry`" in text
-    assert "they give integration none" in text and "they give the neuron none" not in text and "no credit" not in text
+    assert "these data give integration no credit" in text and text.count("no credit") == 1
 
 
 def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
@@ -186,7 +186,8 @@ def test_findings_say_what_the_scores_say_when_spikes_win(made_up_bits):
     text = made_up_bits({None: 0.0, "spike_nvpt": 40.0, "t16_noise": 40.0})
     assert text.count("**met**") == 3 and "**missed**" not in text
     assert "Of all 10 places 10 are shown ahead and 0 behind" in text
-    assert "Against `straight_through`: clean ahead" in text and "earns something that no control gives" in text
+    assert "Against `straight_through`: clean ahead" in text and "earns something that no other bits give." in text
+    assert "Of dense prompts it is ahead of `vpt`, `vpt_matched`, `vpt_decay`, `vpt_noise`." in text
     assert "more steps, no noise: no difference shown in 8 comparisons" in text and "noise on each: `t16_noise` clean" in text
 
 

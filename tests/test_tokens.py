@@ -262,3 +262,5 @@ def test_a_carried_bit_flips_beyond_its_margin_alone():
     assert (prompt.eval().bits(0) == 0).all()  # deployed as it was trained
     with pytest.raises(SettingsError, match="margin = 0.5: allowed is less than 0.5"):
         SpikeNVPT(SpikeNVPTConfig(current="carried", margin=0.5), create_backbone("pocket_vit"))
+    with pytest.raises(SettingsError, match="timesteps = 1: .*allowed are more steps or a smaller kappa"):
+        SpikeNVPT(SpikeNVPTConfig(current="carried", timesteps=1), create_backbone("pocket_vit"))

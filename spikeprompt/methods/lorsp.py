@@ -165,7 +165,7 @@ class LoRSP(Prompt):
 
     def penalty(self) -> Tensor | float:
         total = 0.0
-        if self.config.rate_penalty:
+        if self.config.rate_penalty and self.lr:
             total = total + self.config.rate_penalty * (self.fired - self.config.rate)**2
         if self.config.orthogonality and self.config.rank > 1:
             for factors in self.b, self.a:

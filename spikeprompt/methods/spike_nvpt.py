@@ -62,13 +62,14 @@ class BinaryPrompt(TokenPrompt):
 
     def __init__(self, config: BinaryPromptConfig, backbone: Backbone):
         super().__init__(config, backbone)
-        self.register_buffer("scale", torch.ones(0 if self.frame else len(self.shapes)))
         if self.frame:
             self.alpha, self.beta = nn.Parameter(torch.ones(3, 1)), nn.Parameter(torch.zeros(3, 1))
         elif config.scaling == "learned":
             self.alpha = nn.ParameterList(nn.Parameter(torch.ones(D)) for _, D in self.shapes)
             self.beta = nn.ParameterList(nn.Parameter(torch.zeros(D)) for _, D in self.shapes)
-        elif config.scaling == "matched":
+        if not self.frame and config.scaling != "matched":
+            self.register_buffer("scale", torch.ones(len(self.shapes)))
+        elif not self.frame:
             for layer, (_, D) in enumerate(self.shapes):
                 self.register_buffer(f"alpha_{layer}", torch.ones(D))
                 self.register_buffer(f"beta_{layer}", torch.zeros(D))
@@ -173,6 +174,9 @@ class SpikeNVPT(BinaryPrompt):
 
     def __init__(self, config: SpikeNVPTConfig, backbone: Backbone):
         super().__init__(config, backbone)
+        if config.current == "carried" and self.needed >= 1:
+            raise SettingsError(f"timesteps = {config.timesteps}: with kappa = {config.kappa:g} a `carried` bit would need every step; "
+                                "allowed are more steps or a smaller kappa")
         if config.current == "carried" and self.needed + config.margin >= 1:
             raise SettingsError(f"margin = {config.margin}: allowed is less than {1 - self.needed:g}, what κ and T leave")
         for layer in range(len(self.shapes) if config.current == "carried" else 0):
