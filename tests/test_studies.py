@@ -109,14 +109,15 @@ def write_part(folder, part, own, gains):
 def test_findings_say_what_the_scores_say_when_lorsp_wins(made_up):
     text = made_up({None: 0.0, "lorsp": 8.0, "no_carry": 8.0, **{f"lorsp_k{K}": 8.0 for K in (1, 2, 4, 8)}})
     assert text.count("**Goal met.**") == 6 and "Goal missed" not in text
-    assert "no difference shown on either: `no_carry`" in text
-    assert "these data give integration no credit" in text and text.count("no credit") == 1
+    assert "no difference shown clean and no difference shown under noise: `no_carry`" in text
+    assert "Credit to integration: none shown." in text and text.count("none shown") == 1
 
 
 def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
     text = made_up({None: 0.0, "magnitude_mask": 8.0, **{f"lor_vp_r{rank}": 8.0 for rank in (1, 2, 4, 8)}})
     assert text.count("**Goal missed.**") == 6 and "Goal met" not in text
-    assert "behind, clean or under noise: `magnitude_mask`" in text and "density moves" in text
+    assert "behind clean and behind under noise: `magnitude_mask`" in text and "`lorsp_k4` 67 %" in text
+    assert "a sort: shown better clean, shown better under noise. Credit to the neuron: none shown." in text
     assert "Largest gap" in text and "missed by" in text  # 0.3 is not the density of one factor pair at a rate of 0.3
 
 
