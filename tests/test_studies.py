@@ -96,8 +96,8 @@ def write_part(folder, part, own, gains):
             for (backbone, seed), tested in answered(difficulty, luck, points, {"clean": "0.0", "gaussian": "0.1"}).items():
                 record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
                 trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {
-                    "prompt_parameters": size, "density": 0.3, "rms": 0.06, "rank": 1, "largest_where_nothing_fired": 0.0,
-                    "support_iou": 0.3, "distance": 1.0, "flips": {"0.05": 0.01, "0.1": 0.02},
+                    "prompt_parameters": size, "density": 0.3, "firing_rate": 0.3, "rms": 0.06, "rank": 1,
+                    "largest_where_nothing_fired": 0.0, "support_iou": 0.3, "distance": 1.0, "flips": {"0.05": 0.01, "0.1": 0.02},
                     "over_training": {"density": [0.3, 0.1], "rms": [0.05, 0.06], "firing_rate": [0.3, 0.2]}}
         write_record(record, folder / part / f"compared-{method}.json.gz")
     write_record(trained, folder / part / "trained.json.gz")
@@ -117,7 +117,8 @@ def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
     text = made_up({None: 0.0, "magnitude_mask": 8.0, **{f"lor_vp_r{rank}": 8.0 for rank in (1, 2, 4, 8)}})
     assert text.count("**Goal missed.**") == 6 and "Goal met" not in text
     assert "behind clean and behind under noise: `magnitude_mask`" in text and "`lorsp_k4` 67 %" in text
-    assert "a sort: shown better clean, shown better under noise. Credit to the neuron: none shown." in text
+    sort = next(line for line in text.splitlines() if ", a sort: " in line)
+    assert sort.count("shown better") == 2 and sort.endswith("Credit to the neuron: none shown.")
     assert "Largest gap" in text and "missed by" in text  # 0.3 is not the density of one factor pair at a rate of 0.3
 
 
