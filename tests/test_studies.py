@@ -165,7 +165,7 @@ def made_up_bits(tmp_path_factory):
             test["noise"], test["seeds"] = {"sigmas": [0.1], "corruptions": ["shot_noise"], "severities": [3]}, [0, 1, 2]
             settings["pictures"]["n_test"] = 400
             difficulty = rng.beta(0.5, 0.15, 400)
-            luck = {(backbone, seed): rng.random(400) for backbone in backbones for seed in test["seeds"]}
+            luck = {(backbone, seed): rng.random(400) for backbone in settings.get("backbones", backbones) for seed in test["seeds"]}
             families = {name: family for family, names in settings.get("best_of", {}).items() for name in names}
             for method, variants in {"linear_probe": {"linear_probe": {}}, **settings["variants"]}.items():
                 record = {}
