@@ -95,6 +95,22 @@ def test_rates_of_the_lorsp_study_are_those_that_validated_best(part):
         assert set(own["study"]["first"]) | set(grid[max(place - 1, 0):place + 2]) <= set(means), f"{name}: the search stopped early"
 
 
+def test_rates_of_tokens_and_borders_are_those_that_validated_best():
+    own = read_params("studies/spike_nvpt/params.yaml")
+    grid, first, settings = own["study"]["grid"], own["study"]["first"], own["parts"]["credit"]
+    found = json.loads((root / "studies/spike_nvpt/scores/chosen-credit.json").read_text())
+    assert set(found["tried"]) == {name for variants in settings["variants"].values() for name in variants}
+    for name, kinds in found["tried"].items():
+        for kind, rates in kinds.items():
+            means = {float(lr): sum(run["judged"] for run in backbones.values()) for lr, backbones in rates.items()}
+            best = found["best"][kind][name]
+            assert means[best] == pytest.approx(max(means.values()), abs=1e-3), f"{name}: {means}"
+            if set(means) == {0.0}:
+                continue  # bits drawn by lot have nothing to learn; a border's contrast has
+            place = grid.index(best)
+            assert set(first) | set(grid[max(place - 1, 0):place + 2]) <= set(means), f"{name}: the search stopped early"
+
+
 def test_tracked_files_are_small_and_name_no_lock():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()}
