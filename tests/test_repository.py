@@ -79,10 +79,17 @@ def test_learning_rates_are_those_that_the_sweep_found_best():
                 assert judged[best] >= max(judged.values()) - 1e-9, f"{name}.{rate}: {judged}"
 
 
+def assert_searched(name, tried, best, study):
+    "The best learning rate was tried with both neighbours, and so were the rates that everybody starts with."
+    place = study["grid"].index(best)
+    wanted = set(study["first"]) | set(study["grid"][max(place - 1, 0):place + 2])
+    assert wanted <= set(tried), f"{name}: the search stopped early"
+
+
 @pytest.mark.parametrize("part", ["credit", "ladder"])
 def test_rates_of_the_lorsp_study_are_those_that_validated_best(part):
     own = read_params("studies/lorsp/params.yaml")
-    grid, settings = own["study"]["grid"], own[part]
+    settings = own[part]
     found = json.loads((root / f"studies/lorsp/scores/chosen-{part}.json").read_text())
     wanted = {name for variants in settings["variants"].values() for name in variants} - set(settings.get("at_rate_of", {}))
     assert set(found["best"]) == set(found["tried"]) == wanted
@@ -91,13 +98,12 @@ def test_rates_of_the_lorsp_study_are_those_that_validated_best(part):
         means = {float(lr): sum(by[column] for by in backbones.values() for column in columns) for lr, backbones in rates.items()}
         best = found["best"][name]
         assert means[best] == pytest.approx(max(means.values()), abs=1e-9), f"{name}: {means}"
-        place = grid.index(best)
-        assert set(own["study"]["first"]) | set(grid[max(place - 1, 0):place + 2]) <= set(means), f"{name}: the search stopped early"
+        assert_searched(name, means, best, own["study"])
 
 
 def test_rates_of_tokens_and_borders_are_those_that_validated_best():
     own = read_params("studies/spike_nvpt/params.yaml")
-    grid, first, settings = own["study"]["grid"], own["study"]["first"], own["parts"]["credit"]
+    settings = own["parts"]["credit"]
     found = json.loads((root / "studies/spike_nvpt/scores/chosen-credit.json").read_text())
     assert set(found["tried"]) == {name for variants in settings["variants"].values() for name in variants}
     for name, kinds in found["tried"].items():
@@ -107,8 +113,7 @@ def test_rates_of_tokens_and_borders_are_those_that_validated_best():
             assert means[best] == pytest.approx(max(means.values()), abs=1e-3), f"{name}: {means}"
             if set(means) == {0.0}:
                 continue  # bits drawn by lot have nothing to learn; a border's contrast has
-            place = grid.index(best)
-            assert set(first) | set(grid[max(place - 1, 0):place + 2]) <= set(means), f"{name}: the search stopped early"
+            assert_searched(name, means, best, own["study"])
 
 
 def test_tracked_files_are_small_and_name_no_lock():
