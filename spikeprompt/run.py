@@ -42,7 +42,7 @@ def with_palettes(
         if png := output.get("data", {}).get("image/png"):
             small = BytesIO()
             picture = Image.open(BytesIO(b64decode(png))).convert("RGB")
-            picture.quantize(256, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+            picture.quantize(64, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
             output["data"]["image/png"] = min(png, b64encode(small.getvalue()).decode() + "\n", key=len)
     return nb
 
