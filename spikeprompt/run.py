@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from papermill.engines import NBClientEngine
-from PIL import Image
+from PIL import Image, ImageChops
 from traitlets.config import Config
 
 # %% ../nbs/01_run.ipynb #c05
@@ -37,12 +37,16 @@ def plain(
 def with_palettes(
     nb,  # a notebook, changed in place
 ):       # the same notebook
-    "Give the PNGs of a notebook a palette where that makes them smaller."
+    "Give the PNGs of a notebook the smallest palette that does not show, where that makes them smaller."
     for output in (output for cell in nb.cells for output in cell.get("outputs", [])):
-        if png := output.get("data", {}).get("image/png"):
-            small = BytesIO()
-            picture = Image.open(BytesIO(b64decode(png))).convert("RGB")
-            picture.quantize(64, Image.Quantize.MEDIANCUT, kmeans=2, dither=Image.Dither.NONE).save(small, "PNG", optimize=True)
+        png = output.get("data", {}).get("image/png")
+        if png and (opened := Image.open(BytesIO(b64decode(png)))).mode != "P":
+            small, picture = BytesIO(), opened.convert("RGB")
+            for colours in 32, 64, 128, 256:
+                reduced = picture.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+                if max(high for _, high in ImageChops.difference(picture, reduced.convert("RGB")).getextrema()) <= 20:
+                    break
+            reduced.save(small, "PNG", optimize=True)
             output["data"]["image/png"] = min(png, b64encode(small.getvalue()).decode() + "\n", key=len)
     return nb
 
