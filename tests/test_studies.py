@@ -123,17 +123,28 @@ def test_findings_say_what_the_scores_say_when_lorsp_loses(made_up):
 
 
 def test_tokens_and_borders_are_chosen_and_compared(tmp_path):
-    chosen = tmp_path / "chosen.json"
-    papermill("choose", tmp_path, "-p", "scores", str(chosen), study="spike_nvpt")
+    chosen, settings = tmp_path / "chosen.json", tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({"parts": {"digits": {
+        "pictures": {"n_train": 60, "n_val": 30, "n_test": 20}, "epochs": 1, "seeds": [100, 101], "prompt": {"tokens": 2},
+        "variants": {"vpt": {"vpt": {}}, "spike_nvpt": {"noisy": {}, "silent": {"current": "constant"}},
+                     "spike_nvpt_random_bits": {"lot": {}}},
+        "best_of": {"vpt": ["vpt"], "spike_nvpt": ["noisy", "silent"], "random_bits": ["lot"]}, "chosen_by": "noisy 0.1"}}}))
+    papermill("choose", tmp_path, "-f", str(settings), "-p", "scores", str(chosen), study="spike_nvpt")
     found = json.loads(chosen.read_text())
-    assert set(found["best"]) == {"lr", "frame_lr"} and found["best"]["lr"]["random_bits"] == 0 < found["best"]["frame_lr"]["random_bits"]
-    for kind, backbone in (("lr", "pocket_vit"), ("frame_lr", "pocket_resnet")):
+    assert set(found["best"]) == {"lr", "frame_lr"} and found["best"]["lr"]["lot"] == 0 < found["best"]["frame_lr"]["lot"]
+    places = {"lr": "pocket_vit", "frame_lr": "pocket_resnet"}
+    for kind, backbone in places.items():
         judged = {float(lr): by[backbone]["val_accuracy"] + (by[backbone]["noisy 0.1"] + by[backbone]["noisy 0.3"]) / 2
-                  for lr, by in found["tried"]["spike_nvpt"][kind].items()}
-        assert judged[found["best"][kind]["spike_nvpt"]] >= max(judged.values()) - 1e-3 and len(judged) >= 2
+                  for lr, by in found["tried"]["noisy"][kind].items()}
+        assert judged[found["best"][kind]["noisy"]] >= max(judged.values()) - 1e-3 and len(judged) >= 2
 
-    papermill("compare", tmp_path, "-p", "chosen", str(chosen), "-p", "scores", str(tmp_path), study="spike_nvpt")
+    papermill("compare", tmp_path, "-f", str(settings), "-p", "chosen", str(chosen), "-p", "scores", str(tmp_path), study="spike_nvpt")
     trained = read_record(tmp_path / "trained.json.gz")
+    for kind, backbone in places.items():
+        noisy = {(name, float(lr)): by[backbone]["noisy 0.1"] for name in ("noisy", "silent")
+                 for lr, by in found["tried"][name][kind].items()}
+        ran = trained["spike_nvpt"][backbone]["0"]
+        assert noisy[ran["setting"], ran["lr"]] == max(noisy.values())
     bits = trained["random_bits"]["pocket_vit"]["0"]
     assert bits["prompt_parameters"] == bits["moved"] == max(bits["over_training"]["flipped"]) == 0
     assert set(bits["flipped_bits"]) == {"0.05"}
@@ -157,28 +168,29 @@ def made_up_bits(tmp_path_factory):
                                                       "moved": 0.1, "noisy 0.1": 0.7, "noisy 0.3": 0.5} for backbone in backbones
                                            if (backbone in ("pocket_vit", "pocket_swin")) == (kind == "lr")}}
                             for kind in ("lr", "frame_lr")} for name in names}
-            best = {kind: dict.fromkeys(names, 0.1) for kind in ("lr", "frame_lr")}
-            (folder / f"chosen-{part}.json").write_text(json.dumps({"best": best, "tried": tried}))
-        for part in "credit", "time":
+            (folder / f"chosen-{part}.json").write_text(json.dumps({"tried": tried}))
+        for part in "credit", "clean", "time":
             (folder / part).mkdir()
             settings, test, trained = own["parts"][part], own["test"][part], {}
             test["noise"], test["seeds"] = {"sigmas": [0.1], "corruptions": ["shot_noise"], "severities": [3]}, [0, 1, 2]
             settings["pictures"]["n_test"] = 400
             difficulty = rng.beta(0.5, 0.15, 400)
             luck = {(backbone, seed): rng.random(400) for backbone in settings.get("backbones", backbones) for seed in test["seeds"]}
-            families = {name: family for family, names in settings.get("best_of", {}).items() for name in names}
-            for method, variants in {"linear_probe": {"linear_probe": {}}, **settings["variants"]}.items():
+            families = settings.get("best_of") or {name: [name] for listed in settings["variants"].values() for name in listed}
+            for method, variants in {"linear_probe": ["linear_probe"], **settings["variants"]}.items():
                 record = {}
-                for name in dict.fromkeys(families.get(name, name) for name in variants):
+                for name, setting in [(family, first) for family, (first, *_) in {"linear_probe": ["linear_probe"], **families}.items()
+                                      if first in variants]:
                     levels = {"clean": "0", "gaussian": "0.1", "shot_noise": "3"}
                     for (backbone, seed), tested in answered(difficulty, luck, gain(name), levels).items():
                         record.setdefault(backbone, {}).setdefault("fashion_mnist", {}).setdefault(name, {})[str(seed)] = tested
-                        kept = trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {"prompt_parameters": 1, "density": 0.2}
+                        kept = trained.setdefault(name, {}).setdefault(backbone, {})[str(seed)] = {"setting": setting, "lr": 0.1}
                         if "spike_nvpt" in method:
-                            kept |= {"moved": 0.1, "over_training": {"density": [0.2, 0.2], "flipped": [0.0, 0.1]},
+                            kept |= {"density": 0.2, "moved": 0.1, "over_training": {"density": [0.2, 0.2], "flipped": [0.0, 0.1]},
                                      "flipped_bits": {"0.01": 0.8, "0.05": 0.7}}
                             kept |= {"twins": 0.0} if backbone in ("pocket_vit", "pocket_swin") else {}
-                write_record(record, folder / part / f"compared-{method}.json.gz")
+                if record:
+                    write_record(record, folder / part / f"compared-{method}.json.gz")
             write_record(trained, folder / part / "trained.json.gz")
         return findings_text(folder, own, "spike_nvpt")
     return findings
@@ -186,22 +198,24 @@ def made_up_bits(tmp_path_factory):
 
 def test_findings_say_what_the_scores_say_when_spikes_win(made_up_bits):
     text = made_up_bits({None: 0.0, "spike_nvpt": 40.0, "t16_noise": 40.0})
-    assert text.count("**met**") == 3 and "**missed**" not in text
-    assert "Of all 10 places 10 are shown ahead and 0 behind" in text
-    assert "Against `straight_through`: clean ahead" in text and "earns something that no other bits give." in text
-    assert "Of dense prompts it is ahead of `vpt`, `vpt_matched`, `vpt_decay`, `vpt_noise`." in text
+    assert text.count("**met**") == 6 and "**missed**" not in text
+    assert text.count("Of all 10 places 10 are shown ahead and 0 behind") == 2
+    assert "`spike_nvpt` against `straight_through`: clean +" in text and text.count("earns something that no other bits give.") == 2
+    assert "Of the others it is ahead of `linear_probe`, `vpt`, `vpt_decay`, `vpt_noise`." in text
     assert "more steps, no noise: no difference shown in 8 comparisons" in text and "noise on each: `t16_noise` clean" in text
+    assert "4 noisy steps against one with as noisy a current: clean no difference shown" in text
 
 
 def test_findings_say_what_the_scores_say_when_spikes_do_not(made_up_bits):
-    text = made_up_bits({None: 0.0, "vpt": 8.0, "vpt_decay": 8.0})
-    assert text.count("**missed**") == 3 and "**met**" not in text
-    assert "no credit under noise: no difference is shown to `straight_through`, `one_step`, `silent`, `random_bits`." in text
-    assert "Against `vpt`: clean behind" in text and "Against `vpt_noise`: clean no difference shown" in text
+    text = made_up_bits({None: 0.0, "vpt": 8.0, "vpt_decay": 8.0, "t4_noise": 40.0})
+    assert text.count("**missed**") == 6 and "**met**" not in text
+    assert text.count("no credit under noise: no difference is shown to `straight_through`, `random_bits`.") == 2
+    assert "not shown different from `linear_probe`, `vpt_noise`, behind `vpt`, `vpt_decay`." in text
+    assert "4 noisy steps against 4 without noise: clean ahead" in text
 
 
 def test_findings_say_which_bits_are_beaten(made_up_bits):
-    text = made_up_bits({None: 0.0, "spike_nvpt": 20.0, "one_step": 40.0})
-    assert "shown behind `one_step`, ahead of `straight_through`, `silent`, `random_bits`." in text and "earns something" not in text
-    text = made_up_bits({None: 0.0, "spike_nvpt": 40.0, "one_step": 40.0})
-    assert "no difference is shown to `one_step`; ahead of `straight_through`, `silent`, `random_bits`." in text
+    text = made_up_bits({None: 0.0, "spike_nvpt": 20.0, "straight_through": 40.0})
+    assert text.count("shown behind `straight_through`, ahead of `random_bits`.") == 2 and "earns something" not in text
+    text = made_up_bits({None: 0.0, "spike_nvpt": 40.0, "straight_through": 40.0})
+    assert text.count("no difference is shown to `straight_through`; ahead of `random_bits`.") == 2
