@@ -12,7 +12,7 @@ import yaml
 from spikeprompt.backbones import create_backbone
 from spikeprompt.experiments import check_params, variants_of
 from spikeprompt.pocket import pocket_names
-from spikeprompt.scores import read_tested
+from spikeprompt.scores import read_record, read_tested
 from spikeprompt.settings import read_params, root
 from spikeprompt.statistics import compare, pairs, sentence
 from spikeprompt.tokens import token_places
@@ -101,11 +101,12 @@ def test_rates_of_the_lorsp_study_are_those_that_validated_best(part):
         assert_searched(name, means, best, own["study"])
 
 
-def test_rates_of_tokens_and_borders_are_those_that_validated_best():
-    own = read_params("studies/spike_nvpt/params.yaml")
-    settings = own["parts"]["credit"]
-    found = json.loads((root / "studies/spike_nvpt/scores/chosen-credit.json").read_text())
-    assert set(found["tried"]) == {name for variants in settings["variants"].values() for name in variants}
+@pytest.mark.parametrize("study, part, chosen", [("spike_nvpt", "credit", "chosen-credit"), ("spike_nvpt", "largest", "chosen-largest"),
+                                                 ("deit", "tokens", "chosen")])
+def test_rates_of_tokens_and_borders_are_those_that_validated_best(study, part, chosen):
+    own = read_params(f"studies/{study}/params.yaml")
+    found = json.loads((root / f"studies/{study}/scores/{chosen}.json").read_text())
+    assert set(found["tried"]) == {name for variants in own["parts"][part]["variants"].values() for name in variants}
     for name, kinds in found["tried"].items():
         for kind, rates in kinds.items():
             means = {float(lr): sum(run["judged"] for run in backbones.values()) for lr, backbones in rates.items()}
@@ -114,6 +115,21 @@ def test_rates_of_tokens_and_borders_are_those_that_validated_best():
             if set(means) == {0.0}:
                 continue  # bits drawn by lot have nothing to learn; a border's contrast has
             assert_searched(name, means, best, own["study"])
+
+
+@pytest.mark.parametrize("study, part, chosen", [("spike_nvpt", "credit", "chosen-credit"), ("spike_nvpt", "clean", "chosen-credit"),
+                                                 ("spike_nvpt", "largest", "chosen-largest"), ("deit", "tokens", "chosen")])
+def test_settings_that_are_compared_are_those_that_validated_best(study, part, chosen):
+    settings = read_params(f"studies/{study}/params.yaml")["parts"][part]
+    tried = json.loads((root / f"studies/{study}/scores/{chosen}.json").read_text())["tried"]
+    trained = read_record(root / f"studies/{study}/scores/{part}/trained.json.gz")
+    assert set(trained) == {"linear_probe", *settings["best_of"]}
+    for family, names in settings["best_of"].items():
+        for backbone, seeds in trained[family].items():
+            means = {(name, float(lr)): sum(run[settings.get("chosen_by", "judged")] for run in runs.values()) / len(runs)
+                     for name in names for rates in tried[name].values() for lr, runs in rates.items() if backbone in runs}
+            for record in seeds.values():
+                assert means[record["setting"], record["lr"]] == pytest.approx(max(means.values()), abs=1e-6), f"{family} on {backbone}"
 
 
 def test_tracked_files_are_small_and_name_no_lock():
