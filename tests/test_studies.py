@@ -203,7 +203,7 @@ def test_findings_say_what_the_scores_say_when_spikes_win(made_up_bits):
     assert "`spike_nvpt` against `straight_through`: clean +" in text and text.count("earns something that no other bits give.") == 2
     assert "Of the others it is ahead of `linear_probe`, `vpt`, `vpt_decay`, `vpt_noise`." in text
     assert "more steps, no noise: no difference shown in 8 comparisons" in text and "noise on each: `t16_noise` clean" in text
-    assert "4 noisy steps against one with as noisy a current: clean no difference shown" in text
+    assert "4 noisy steps against one with a current as noisy as their mean: clean no difference shown" in text
 
 
 def test_findings_say_what_the_scores_say_when_spikes_do_not(made_up_bits):
