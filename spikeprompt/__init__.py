@@ -1,1 +1,33 @@
+"Spiking visual prompts for frozen vision backbones: LoRSP and Spike-NVPT."
+
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+from .backbones import pocket as _pocket  # noqa: F401  registers the pocket models with timm
+
+_EXPORTS = {
+    "get_prompted_model": "model",
+    "PromptedModel": "model",
+    "LoRSPConfig": "methods.lorsp",
+    "SpikeNVPTConfig": "methods.spike_nvpt",
+    "LinearProbeConfig": "baselines.linear_probe",
+    "LoRVPConfig": "baselines.lor_vp",
+    "SMMConfig": "baselines.smm",
+    "VPTConfig": "baselines.vpt",
+    "Prompt": "prompts.base",
+    "PromptConfig": "prompts.base",
+    "register_method": "prompts.base",
+    "ConfigError": "config",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name):
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'spikeprompt' has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,4 +1,5 @@
 "Refresh the pins: write the newest fitting version of every package, transitive ones too, into pyproject.toml."
+
 import re
 import subprocess
 import tempfile

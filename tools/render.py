@@ -1,4 +1,5 @@
 "Render an executed notebook without its code: NAME.ipynb to a self-contained NAME.html and NAME.pdf beside it."
+
 import base64
 import json
 import os
@@ -99,6 +100,7 @@ class RenderError(Exception):
 def pandoc(text: str, *options: str, folder: Path | None = None) -> str:
     "What pandoc makes of a text; a warning is an error."
     import pypandoc
+
     program = os.environ.get("PYPANDOC_PANDOC") or Path(pypandoc.__file__).parent / "files/pandoc"
     command = [program, "--fail-if-warnings", "--wrap=none", *options]
     done = subprocess.run(command, cwd=folder, input=text, capture_output=True, encoding="utf-8")
@@ -225,10 +227,23 @@ def render(path: Path) -> list[Path]:
         tree = json.loads(pandoc(markdown(notebook, folder), *reader, "-t", "json", folder=folder))
         tree = titled({**tree, "blocks": with_captions(without_html(tree["blocks"]))}, path.stem)
         text = json.dumps(tree)
-        page = pandoc(text, "-f", "json", "-t", "html", "--template", "page.html", "--mathml", "--embed-resources", "--standalone",
-                      "--syntax-highlighting=none", folder=folder)
-        paper = pandoc(text, "-f", "json", "-t", "typst-smart", "--template", "page.typ", "--standalone",
-                       "--syntax-highlighting=none", folder=folder)
+        page = pandoc(
+            text,
+            "-f",
+            "json",
+            "-t",
+            "html",
+            "--template",
+            "page.html",
+            "--mathml",
+            "--embed-resources",
+            "--standalone",
+            "--syntax-highlighting=none",
+            folder=folder,
+        )
+        paper = pandoc(
+            text, "-f", "json", "-t", "typst-smart", "--template", "page.typ", "--standalone", "--syntax-highlighting=none", folder=folder
+        )
         paper = paper.replace("#h(-1em)", "#h(-.167em)").replace("#h(0em)", "#h(.278em)")  # pandoc rounds the widths of \! and \;
         (folder / "report.html").write_text(page, encoding="utf-8")
         (folder / "report.typ").write_text(paper, encoding="utf-8")

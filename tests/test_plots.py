@@ -1,0 +1,210 @@
+"Figures: the same bytes again, an alt text each, and marks that mean what the table says."
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.text import Text
+
+from spikeprompt.backbones.loader import create_backbone
+from spikeprompt.evaluation.scores import synthetic_scores
+from spikeprompt.evaluation.statistics import compare
+from spikeprompt.model import get_prompted_model
+from spikeprompt.plots import (
+    accuracy_map,
+    alt_text,
+    density_gains,
+    difference_map,
+    draw_prompt,
+    gallery,
+    pareto,
+    prompt_cell,
+    readable,
+    robustness_curves,
+    save_figure,
+    severity_curves,
+    style,
+    variant_styles,
+)
+from spikeprompt.prompts.base import Prompt, method_class, packaged_methods
+
+SIZES = {"linear probe": 0, "better": 400, "equal": 800, "worse": 8000}
+
+
+@pytest.fixture(scope="module")
+def scores():
+    "Two backbones on which prompts have different sizes, noise of two kinds and an attack on fewer images."
+    style()
+    table = synthetic_scores({"better": 3, "equal": 0, "worse": -4}, backbones=2, images=200)
+    attacked = table[table.corruption == "clean"].assign(kind="attack", corruption="pgd", severity=0.01)
+    table = pd.concat([table, attacked], ignore_index=True)
+    doubled = 1 + (table.backbone == table.backbone.unique()[1])
+    return table.assign(
+        prompt_parameters=table.variant.map(SIZES) * doubled,
+        pixel_density=table.variant.map({"better": 0.3, "equal": 0.4}),
+        bit_density=table.variant.map({"worse": 0.2}),
+    )
+
+
+@pytest.fixture(scope="module")
+def compared(scores):
+    return compare(scores, [(variant, "linear probe") for variant in ("better", "equal", "worse")], ("clean", "gaussian"))
+
+
+@pytest.fixture(autouse=True)
+def close():
+    yield
+    plt.close("all")
+
+
+FIGURES = {
+    "robustness": lambda scores, compared: robustness_curves(scores),
+    "severity": lambda scores, compared: severity_curves(scores, columns=2),
+    "pareto": lambda scores, compared: pareto(scores),
+    "density": lambda scores, compared: density_gains(scores),
+    "differences": lambda scores, compared: difference_map(compared),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_same_scores_give_the_same_bytes_and_an_alt_text(name, scores, compared, tmp_path):
+    for stem in "first", "second":
+        figure = FIGURES[name](scores, compared)
+        said = save_figure(figure, tmp_path / stem)
+        assert all(text.get_fontsize() >= 6 for text in figure.findobj(Text) if text.get_text())
+    for suffix in "svg", "pdf":
+        assert (tmp_path / f"first.{suffix}").read_bytes() == (tmp_path / f"second.{suffix}").read_bytes()
+    assert said == alt_text(tmp_path / "first.svg") and len(said) > 30
+
+
+def test_an_alt_text_is_kept_to_the_letter_and_is_required(tmp_path):
+    figure = plt.figure()
+    assert save_figure(figure, tmp_path / "folder/a.b", 'x < "y" & z') == alt_text(tmp_path / "folder/a.b.svg") == 'x < "y" & z'
+    with pytest.raises(ValueError, match="needs an alt text"):
+        save_figure(figure, tmp_path / "none")
+    assert not (tmp_path / "none.svg").exists()
+    (tmp_path / "old.svg").write_text("<svg></svg>")
+    with pytest.raises(ValueError, match="old.svg: no alt text"):
+        alt_text(tmp_path / "old.svg")
+
+
+def test_variants_are_told_apart_without_colour_and_the_probe_is_grey():
+    styles = variant_styles([*"abcdefghijkl", "linear probe", "raw pixels", "a"])
+    assert len(styles) == 14 and len({look["marker"] for look in styles.values()}) == 14
+    assert list(styles)[0] == "linear probe" and float(styles["linear probe"]["color"])
+    assert "raw pixels" not in variant_styles(["a"])
+
+
+def test_readable_names():
+    assert [readable(name) for name in ("fashion_mnist", "shot_noise", "pgd")] == ["Fashion-MNIST", "shot noise", "PGD"]
+
+
+def points(ax):
+    "Marked points of a panel as {x: y}."
+    return {x: y for line in ax.lines if line.get_marker() not in ("None", "", None) for x, y in zip(line.get_xdata(), line.get_ydata())}
+
+
+def test_pareto_shows_each_backbone_at_its_own_size(scores):
+    axes = np.array(pareto(scores).axes).reshape(2, 2)
+    for number, ax in enumerate(axes[0]):
+        assert set(points(ax)) == {size * (1 + number) for size in SIZES.values()}
+        part = scores[(scores.backbone == scores.backbone.unique()[number]) & (scores.variant == "worse") & (scores.corruption == "clean")]
+        clean = part[part.kind == "clean"].accuracy.mean()
+        assert points(ax)[8000 * (1 + number)] == pytest.approx(100 * clean)
+
+
+def test_densities_of_pixels_and_of_bits_are_not_mixed(scores):
+    axes = np.array(density_gains(scores).axes).reshape(2, 2)
+    assert set(points(axes[0, 0])) == {0.3, 0.4} and set(points(axes[1, 0])) == {0.2}
+    without = density_gains(scores.assign(bit_density=np.nan))
+    assert len(without.axes) == 2
+
+
+def test_each_condition_has_a_row_that_starts_at_the_clean_accuracy(scores):
+    axes = np.array(robustness_curves(scores).axes).reshape(-1, 2)
+    assert [row[0].get_ylabel().split("\n")[0] for row in axes] == ["Gaussian noise", "shot noise", "PGD"]
+    assert [row[0].get_xlabel() for row in axes] == ["σ", "severity", "ε"]
+    clean = scores[(scores.kind == "clean") & (scores.backbone == scores.backbone.unique()[0])].groupby("variant").accuracy.mean()
+    for ax in axes[:, 0]:
+        curves = [line for line in ax.lines if len(line.get_xdata()) > 1]
+        assert {round(line.get_ydata()[0], 6) for line in curves} == {round(100 * value, 6) for value in clean}
+
+
+def test_faults_keep_their_order_from_mild_to_strong(scores):
+    stored = scores[(scores.kind == "clean") & (scores.variant != "linear probe")]
+    faults = [stored.assign(kind="fault", corruption="quantise", severity=float(level)) for level in (8, 4, 2)]
+    ax = robustness_curves(pd.concat([scores[scores.kind == "clean"], *faults])).axes[0]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "8", "4", "2"] and ax.get_xlabel() == "bits"
+
+
+def test_raw_pixels_need_no_backbone_of_their_own(scores):
+    probe = scores[(scores.variant == "linear probe") & (scores.backbone == scores.backbone.unique()[0])]
+    raw = probe.assign(variant="raw pixels", method="raw_pixels", backbone="none", prompt_parameters=0)
+    both = pd.concat([scores, raw])
+    assert len(robustness_curves(both).axes) == len(robustness_curves(scores).axes)
+    assert len(pareto(both).axes) == len(pareto(scores).axes) and "raw pixels" in pareto(both).get_label()
+
+
+def test_marks_of_the_difference_map_are_the_verdicts(compared):
+    verdicts = ["significantly better", "equivalent", "significantly worse", "not significant", "equivalent", "significantly worse"]
+    figure = difference_map(compared.assign(verdict=verdicts))
+    found = {cell.get_text().split()[-1] if " " in cell.get_text() else "": cell.get_fontweight() for cell in figure.axes[0].texts}
+    assert found == {"•": "bold", "≈": "normal", "": "normal"}
+    with pytest.raises(ValueError, match="allowed are linear probe"):
+        difference_map(compared, "VPT-deep")
+
+
+def test_accuracy_map_names_the_best_setting():
+    table = pd.DataFrame({"timesteps": [1, 1, 4, 4], "sigma": [0.0, 0.5] * 2, "val_accuracy": [0.5, 0.6, 0.7, 0.9]})
+    assert "best is 90.0 % at timesteps = 4, sigma = 0.5" in accuracy_map(table, "timesteps", "sigma").get_label()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def untrained(name, method, images):
+    torch.manual_seed(0)
+    model = get_prompted_model(create_backbone(name), method_class(method).config_class(), num_classes=10)
+    model.calibrate(images)
+    return model.prompt.eval()
+
+
+@pytest.mark.parametrize("method", packaged_methods())
+def test_every_prompt_can_be_drawn(method, images):
+    for name in "pocket_vit", "pocket_swin", "pocket_resnet":
+        prompt = untrained(name, method, images)
+        figure = draw_prompt(prompt, images)
+        assert prompt.label in figure.get_label()
+        assert all(text.get_fontsize() >= 6 for text in figure.findobj(Text) if text.get_text())
+        plt.close(figure)
+        cell = prompt_cell(prompt, images[0])
+        assert cell.dim() == 2 or cell.shape == (3, 32, 32) and 0 <= cell.min() <= cell.max() <= 1
+
+
+def test_tokens_are_drawn_as_tokens(images):
+    dense, bits = (prompt_cell(untrained("pocket_vit", method, images), images[0]) for method in ("vpt", "spike_nvpt"))
+    assert dense.shape == bits.shape == (40, 128) and set(bits.unique().tolist()) == {0, 1} and dense.std() > 0
+    swin = prompt_cell(untrained("pocket_swin", "vpt", images), images[0])
+    assert swin.isnan().any() and not swin.isnan().all(1).any()  # narrow blocks leave the right side blank
+    figure = gallery({"VPT-deep": {"ViT": dense}, "LoR-VP": {"ResNet": images[0]}})
+    assert [len(ax.images) for ax in figure.axes] == [1, 0, 0, 1]
+
+
+class Brightening(Prompt):
+    label = "brightening"
+
+    def pattern(self):
+        return torch.full((3, 32, 32), 0.1)
+
+    def pixels(self, images):
+        return images + self.pattern()
+
+
+def test_a_prompt_of_ones_own_is_drawn_around_grey(images):
+    prompt = Brightening(None, None)
+    assert torch.allclose(prompt_cell(prompt, images[0]), torch.ones(3, 32, 32))
+    assert torch.equal(prompt_cell(Prompt(None, None), images[0]), torch.full((3, 32, 32), 0.5))
+    assert len(draw_prompt(prompt, images).axes) == 3  # one image: the pattern is the same for all
