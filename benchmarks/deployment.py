@@ -2,17 +2,18 @@
 
 Random weights of timm's class at 224 px; the prompt is deep, ten tokens a block.
 """
+
 import statistics
 import sys
 
 import timm
 import torch
 from prompt_step import seconds
+from spikeprompt.deployment import Normalised, deployed, fold_tokens
+from spikeprompt.methods.vpt import VPT, VPTConfig
 
 from spikeprompt.backbones import Backbone
-from spikeprompt.deployment import Normalised, deployed, fold_tokens
 from spikeprompt.methods.spike_nvpt import SpikeNVPT, SpikeNVPTConfig
-from spikeprompt.methods.vpt import VPT, VPTConfig
 from spikeprompt.prompts import Head, Prompt, PromptedModel
 
 ROUNDS, BATCH = 41, 4
@@ -20,6 +21,7 @@ ROUNDS, BATCH = 41, 4
 
 def forms(name: str) -> dict[str, torch.nn.Module]:
     "The same backbone bare, with dense tokens, and with Spike-NVPT's in every form."
+
     def model(prompt) -> PromptedModel:
         torch.manual_seed(0)
         backbone = Backbone(name, timm.create_model(name))
@@ -27,9 +29,13 @@ def forms(name: str) -> dict[str, torch.nn.Module]:
         return PromptedModel(backbone, prompt(backbone), Head(torch.zeros(D), torch.ones(D), torch.randn(10, D), torch.zeros(10))).eval()
 
     spiking = model(lambda backbone: SpikeNVPT(SpikeNVPTConfig(), backbone))
-    return {"bare backbone": model(lambda backbone: Prompt()), "dense VPT": model(lambda backbone: VPT(VPTConfig(), backbone)),
-            "Spike-NVPT, training graph": spiking, "Spike-NVPT, fixed tokens": deployed(spiking),
-            "Spike-NVPT, keys and values": Normalised(fold_tokens(spiking)[0], spiking.backbone).eval()}
+    return {
+        "bare backbone": model(lambda backbone: Prompt()),
+        "dense VPT": model(lambda backbone: VPT(VPTConfig(), backbone)),
+        "Spike-NVPT, training graph": spiking,
+        "Spike-NVPT, fixed tokens": deployed(spiking),
+        "Spike-NVPT, keys and values": Normalised(fold_tokens(spiking)[0], spiking.backbone).eval(),
+    }
 
 
 @torch.inference_mode()

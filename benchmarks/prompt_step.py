@@ -3,15 +3,16 @@
 Training: one forward and backward pass of prompt and head, relative to the same pass with no prompt but the pixels' gradient.
 Inference: one forward pass, relative to the bare backbone with its head.
 """
+
 import statistics
 import sys
 import time
 
 import torch
+from spikeprompt.pocket import pocket_names
 from torch.nn.functional import cross_entropy
 
 from spikeprompt.backbones import create_backbone
-from spikeprompt.pocket import pocket_names
 from spikeprompt.prompts import Head, Prompt, PromptedModel, method_class
 
 METHODS, ROUNDS, BATCH = ["lor_vp", "lorsp", "smm", "vpt", "spike_nvpt"], 15, 64

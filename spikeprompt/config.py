@@ -141,7 +141,7 @@ class ExperimentConfig(Config):
     train: TrainConfig = TrainConfig()
     robustness: RobustnessConfig = RobustnessConfig()
     tune: TuneConfig = TuneConfig()
-    methods: dict[str, dict[Annotated[str, Field(pattern=r"^\w[\w .+-]*$")], SerializeAsAny[Config]]] = Field(
+    methods: dict[str, dict[Annotated[str, Field(pattern=r"^\w[\w .,+-]*$")], SerializeAsAny[Config]]] = Field(
         description="method: {variant, as tables and figures name it: config}"
     )
 

@@ -93,7 +93,7 @@ def check_experiment(
     weights = {backbone.name: fingerprint(backbone) for backbone in backbones}
     records = {"prepare": stage_record(config, "prepare", data=data), "report": stage_record(config, "report")}
     for method in config.methods:
-        for stage in "train", "evaluate":
+        for stage in "train", "tune", "evaluate":
             records[f"{stage}-{method}"] = stage_record(config, stage, method, weights=weights)
     return records
 

@@ -25,8 +25,8 @@ from scour.scour import parse_args, scourString
 from torch import Tensor
 
 from .baselines.smm import SMM
-from .evaluation.scores import RUN, per_run, unpack
-from .evaluation.statistics import two_level_bootstrap
+from .evaluation.scores import per_run
+from .evaluation.statistics import BETTER, WORSE, two_level_bootstrap
 from .methods.lorsp import LoRSP
 from .prompts.base import Prompt
 from .prompts.tokens import TokenPrompt
@@ -72,11 +72,12 @@ def variant_styles(
 
 # %% ../nbs/95_plots.ipynb #c08
 _READABLE = {"fashion_mnist": "Fashion-MNIST", FREE_GAUSSIAN: "Gaussian noise", "fgsm": "FGSM", "pgd": "PGD", "square": "Square attack"}
-_READABLE |= {"jpeg_compression": "JPEG compression", "quantise": "quantised prompt", "bit_flips": "flipped bits"}
+_READABLE |= {"jpeg_compression": "JPEG compression", "fault: quantise": "quantised prompt"}
+_READABLE |= {"fault: gaussian": "noise on the prompt", "fault: bit_flips": "flipped bits"}
 
 
 def readable(
-    name: str,  # of a dataset, a corruption, an attack or a fault
+    name: str,  # of a dataset, a corruption, an attack, or `fault: <name>`
 ) -> str:
     "A name as figures and tables say it."
     return _READABLE.get(name, name.replace("_", " "))
@@ -122,12 +123,12 @@ def show_table(
 
 # %% ../nbs/95_plots.ipynb #c16
 def intervals(
-    scores: pd.DataFrame,  # one dataset
+    scores: pd.DataFrame,  # one dataset, from `read_scores`
     resamples: int = 1000,
 ) -> pd.DataFrame:  # variant, backbone, kind, corruption, severity; accuracy, low, high in percent
     "Accuracy over the seeds with 95 % intervals over seeds and images; one seed has none."
     key, rows = ["variant", "backbone", "kind", "corruption", "severity"], []
-    groups = {name: np.stack([unpack(bits) for bits in part.correct]) for name, part in scores.groupby(key, sort=False)}
+    groups = {name: np.stack(part.correct) for name, part in scores.groupby(key, sort=False)}
     for shape in dict.fromkeys(group.shape for group in groups.values()):  # attacks have fewer images
         names = [name for name, group in groups.items() if group.shape == shape]
         D = np.stack([groups[name] for name in names]).astype(float)
@@ -152,6 +153,24 @@ def _severity_label(
     return named.get((kind, corruption), {"noise": "severity", "attack": "ε"}.get(kind, "level"))
 
 
+def _condition(
+    kind: str,
+    corruption: str,
+) -> str:
+    "A condition as figures say it."
+    return readable(f"fault: {corruption}" if kind == "fault" else corruption)
+
+
+def _level_text(
+    kind: str,
+    level: float,
+) -> str:
+    "A severity as a tick label; radii of attacks are in 255ths where they are whole."
+    if kind == "attack" and level and abs(255 * level - round(255 * level)) < 0.05:
+        return f"{round(255 * level)}/255"
+    return f"{level:g}".lstrip("0") or "0"
+
+
 def _legend(figure: plt.Figure, styles: dict[str, dict], columns: int = 6):
     "One legend above all panels."
     keys = [plt.Line2D([], [], label=variant, **look) for variant, look in styles.items()]
@@ -166,10 +185,12 @@ def _backbones(scores: pd.DataFrame) -> list[str]:
 def robustness_curves(
     scores: pd.DataFrame,  # one dataset
 ) -> plt.Figure:
-    "Accuracy against the severity of each corruption (rows) on each backbone (columns), with 95 % intervals."
+    "Accuracy against severity, conditions as rows and backbones as columns, with 95 % intervals; raises `ValueError` without conditions."
     table, styles, backbones = intervals(scores), variant_styles(scores.variant), _backbones(scores)
     clean, rest = table[table.corruption == "clean"], table[table.corruption != "clean"]
     conditions = [*rest.groupby(["kind", "corruption"], sort=False)]
+    if not conditions:
+        raise ValueError("scores: there is no condition besides clean")
     size = (PAGE, 0.5 + 1.25 * len(conditions))
     figure, axes = plt.subplots(
         len(conditions), len(backbones), figsize=size, sharey="row", sharex="row", layout="constrained", squeeze=False
@@ -185,15 +206,15 @@ def robustness_curves(
                 part = here[here.variant == variant]
                 x = part.severity.map(place)
                 part, x = part.loc[x.sort_values().index], x.sort_values()
-                aside = step * 0.09 * (number - (len(styles) - 1) / 2)  # so that bars do not hide each other
+                aside = 0.3 * step * (number / max(len(styles) - 1, 1) - 0.5)  # so that bars do not hide each other
                 ax.errorbar(x + aside, part.accuracy, [part.accuracy - part.low, part.high - part.accuracy], elinewidth=0.5, ms=2.5, **look)
-            ax.set_xticks([*place.values()], ["0" if level == 0 else f"{level:g}".lstrip("0") for level in place])
+            ax.set_xticks([*place.values()], [_level_text(kind, level) for level in place])
             ax.set_xlabel(_severity_label(kind, corruption))
-        row[0].set_ylabel(f"{readable(corruption)}\naccuracy (%)")
+        row[0].set_ylabel(f"{_condition(kind, corruption)}\naccuracy (%)")
     for ax, backbone in zip(axes[0], backbones):
         ax.set_title(backbone)
     _legend(figure, styles)
-    named = ", ".join(readable(corruption) for (_, corruption), _ in conditions)
+    named = ", ".join(_condition(*names) for names, _ in conditions)
     figure.set_label(f"Accuracy against severity under {named}, on {', '.join(backbones)}, for {', '.join(styles)}; severity 0 is clean.")
     return figure
 
@@ -215,7 +236,7 @@ def severity_curves(
         for variant, look in styles.items():
             ax.plot(mean[name, variant].index, mean[name, variant], ms=2.5, **look)
         levels = mean[name].index.unique("severity")
-        ax.set_xticks(levels, [f"{level:g}".lstrip("0") for level in levels])
+        ax.set_xticks(levels, [_level_text("noise", level) for level in levels])
         ax.set_title(readable(name))
         ax.set_xlabel(_severity_label("noise", name))
     figure.supylabel("accuracy (%)")
@@ -235,18 +256,18 @@ def difference_map(
     if part.empty:
         raise ValueError(f"reference {reference!r}: allowed are {', '.join(compared.reference.unique())}")
     wide = lambda column: part.pivot(index="images", columns="variant", values=column).loc[part.images.unique(), part.variant.unique()]
-    points, verdicts = wide("difference"), wide("verdict")
-    marks = verdicts.map(lambda verdict: " •" if verdict.startswith("significantly") else " ≈" if verdict == "equivalent" else "")
-    figure, ax = plt.subplots(figsize=(1.4 + 0.62 * len(points.columns), 0.7 + 0.2 * len(points)), layout="constrained")
+    points, significant = wide("difference"), wide("verdict").isin([BETTER, WORSE])
+    marks = significant.replace({True: " •", False: ""}) + wide("equivalent").replace({True: " ≈", False: ""})
+    figure, ax = plt.subplots(figsize=(1.4 + 0.62 * len(points.columns), 0.9 + 0.2 * len(points)), layout="constrained")
     reach = max(points.abs().max().max(), 0.1)
-    bar = {"label": f"difference to {reference} (points)", "shrink": 0.9}
+    bar = {"label": "points", "shrink": 0.9}
     text = points.map("{:+.1f}".format) + marks
     sns.heatmap(
         points, ax=ax, vmin=-reach, vmax=reach, cmap="RdBu", linewidths=0.5, cbar_kws=bar, annot=text, fmt="", annot_kws={"size": 6}
     )
-    for cell, mark in zip(ax.texts, marks.to_numpy().ravel()):
-        cell.set_fontweight("bold" if mark == " •" else "normal")
-    ax.set(xlabel="", ylabel="")
+    for cell, bold in zip(ax.texts, significant.to_numpy().ravel()):
+        cell.set_fontweight("bold" if bold else "normal")
+    ax.set(title=f"accuracy minus that of {reference}", xlabel="", ylabel="")
     ax.set_yticks(ax.get_yticks(), [readable(name) for name in points.index], rotation=0)
     ax.set_xticks(ax.get_xticks(), points.columns, rotation=30, ha="right")
     counts = part.verdict.value_counts()
@@ -260,18 +281,18 @@ def pareto(
 ) -> plt.Figure:
     "Clean and corrupted accuracy (rows) against prompt parameters, on each backbone (columns)."
     runs, styles, backbones = per_run(scores), variant_styles(scores.variant), _backbones(scores)
-    runs = runs.drop(columns="prompt_parameters", errors="ignore").merge(scores.drop_duplicates(RUN)[[*RUN, "prompt_parameters"]], on=RUN)
+    shown = [images for images in ("clean", "corrupted") if runs[images].notna().any()]
     figure, axes = plt.subplots(
-        2,
+        len(shown),
         len(backbones),
-        figsize=(max(COLUMN, PAGE * len(backbones) / 5), 2.9),
+        figsize=(max(COLUMN, PAGE * len(backbones) / 5), 0.6 + 1.15 * len(shown)),
         sharex=True,
         sharey="row",
         layout="constrained",
         squeeze=False,
     )
     for column, backbone in zip(axes.T, backbones):
-        for ax, images in zip(column, ("clean", "corrupted")):
+        for ax, images in zip(column, shown):
             here = (
                 runs[runs.backbone == backbone]
                 .groupby("variant", sort=False)
@@ -292,11 +313,11 @@ def pareto(
             ax.set_xlim(left=-20)
         column[0].set_title(backbone)
         column[-1].set_xlabel("prompt parameters")
-    for ax, images in zip(axes[:, 0], ("clean", "corrupted")):
+    for ax, images in zip(axes[:, 0], shown):
         ax.set_ylabel(f"{images}\naccuracy (%)")
     _legend(figure, styles)
     figure.set_label(
-        f"Clean and corrupted accuracy against the number of prompt parameters on {', '.join(backbones)}, for {', '.join(styles)}."
+        f"Accuracy ({' and '.join(shown)}) against the number of prompt parameters on {', '.join(backbones)}, for {', '.join(styles)}."
     )
     return figure
 
@@ -306,7 +327,7 @@ def density_gains(
 ) -> plt.Figure:
     "Gain in corrupted accuracy over the linear probe against pixel density and bit density (rows), on each backbone (columns)."
     densities, backbones = [name for name in ("pixel_density", "bit_density") if name in scores], _backbones(scores)
-    runs = per_run(scores).drop(columns=densities, errors="ignore").merge(scores.drop_duplicates(RUN)[[*RUN, *densities]], on=RUN)
+    runs = per_run(scores)
     zero = runs[runs.variant == REFERENCE].set_index(["backbone", "seed"]).corrupted
     runs["gain"] = runs.corrupted - runs.set_index(["backbone", "seed"]).index.map(zero)
     densities = [name for name in densities if runs[name].notna().any()]
@@ -438,7 +459,8 @@ def _image_rows(
         for ax, values in zip(row, shown):
             _show(ax, values)
         row[0].set_title(title, loc="left")
-    figure.set_label(f"{label}, rows: {', '.join(rows)}; one column for each of {number} images.")
+    named = ", ".join(rows).replace("$", "")
+    figure.set_label(f"{label}; from top to bottom: {named}; columns are images ({number}).")
     return figure
 
 
@@ -476,13 +498,9 @@ def _(prompt: SMM, images: Tensor) -> plt.Figure:
 @draw_prompt.register
 @torch.no_grad()
 def _(prompt: TokenPrompt, images: Tensor) -> plt.Figure:
-    bits = prompt.discrete_state()
     if prompt.padding is not None:
-        rows = {"image $x$": images[:4], "padded image": prompt.pixels(images[:4])}
-        if bits is not None:
-            rows["bits of the padding"] = 1 - prompt.padding(torch.ones_like(images[:4]), bits.view(prompt.shapes[0]))
-        return _image_rows(rows, prompt.label)
-    layers = _layers(prompt)
+        return _image_rows({"image $x$": images[:4], "padded image": prompt.pixels(images[:4])}, prompt.label)
+    layers, bits = _layers(prompt), prompt.discrete_state()
     widths = [tokens.shape[1] for tokens in layers]
     figure, axes = plt.subplots(len(layers), figsize=(COLUMN, 0.4 + 0.45 * len(layers)), layout="constrained", squeeze=False)
     for number, (ax, tokens) in enumerate(zip(axes.flat, layers), 1):

@@ -112,7 +112,9 @@ def test_a_query_has_no_side_effect(method, prompted, images):
 @method_of_all
 def test_a_wrong_config_is_refused_in_one_line(method):
     kind = method_class(method).config_class
-    with pytest.raises(ConfigError, match="^here.no_such is not a setting; allowed: .*$|^here.no_such is not a setting; allowed: $") as error:
+    with pytest.raises(
+        ConfigError, match="^here.no_such is not a setting; allowed: .*$|^here.no_such is not a setting; allowed: $"
+    ) as error:
         parse_config(kind, {"no_such": 1}, "here")
     assert "\n" not in str(error.value)
     if "lr" in kind.model_fields:

@@ -159,7 +159,11 @@ def test_system_is_backbone_and_prompt(name, method, prompted, images):
         assert cost[f"effective_macs_{way}"] == cost["backbone_macs"] + cost[f"prompt_macs_{way}"]
         assert cost[f"system_pj_{way}"] == pytest.approx(cost["backbone_macs"] * MAC_PJ + cost[f"prompt_pj_{way}"])
     tokens = name == "pocket_vit" and method in ("vpt", "spike_nvpt")
-    assert (cost["prompt_macs_tokens"] > cost["prompt_macs_prefix"] > 0) if tokens else cost["prompt_macs_tokens"] == cost["prompt_macs_prefix"]
+    assert (
+        (cost["prompt_macs_tokens"] > cost["prompt_macs_prefix"] > 0)
+        if tokens
+        else cost["prompt_macs_tokens"] == cost["prompt_macs_prefix"]
+    )
     if method == "lorsp":
         model.eval()
         assert cost["prompt_pj_prefix"] == pytest.approx(picojoules(**operations(model.prompt, images)))
@@ -243,3 +247,14 @@ def test_counterparts_without_membranes(images):
     assert energies["counted"] == pytest.approx(picojoules(currents, cost["acs"]) + scaled + compared + 3 * 192 * 10 / 32)
     with pytest.raises(ValueError, match="variant 'static'"):
         non_spiking_counterparts(LoRSP(LoRSPConfig(variant="static"), backbone), images)
+
+
+def test_a_gate_always_costs_less_than_a_membrane_and_energy_rises_with_the_firing_rate(images):
+    backbone, energies = create_backbone("pocket_resnet"), []
+    for rate in (0.05, 0.3, 0.8):
+        torch.manual_seed(0)
+        prompt = LoRSP(LoRSPConfig(firing_rate=rate), backbone)
+        prompt.calibrate(images, backbone)
+        energies.append(non_spiking_counterparts(prompt, images))
+    assert all(one["gated"] < one["spiking"] for one in energies)
+    assert [one["spiking"] for one in energies] == sorted(one["spiking"] for one in energies)

@@ -1,6 +1,9 @@
 "Every value is checked before anything runs, and every stage depends on what changes its result and on nothing else."
 
+import json
 import shutil
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -21,30 +24,33 @@ def changed(path, value):
     return params
 
 
-@pytest.mark.parametrize("path, value, message", [
-    ("backbones/names", ["pocket_resnt"], "backbone 'pocket_resnt': allowed are pocket_resnet"),
-    ("backbones/names", ["pocket_vit", "pocket_vit"], "backbones.names = ['pocket_vit', 'pocket_vit']: each is allowed once"),
-    ("backbones/names", [], "backbones.names = []: list should have at least 1 item"),
-    ("backbones/names", ["resnet18"], "resnet18.safetensors is missing"),
-    ("methods/lorps", {}, "method 'lorps': allowed are"),
-    ("methods", {"lorsp": {}}, "linear_probe must be one of them"),
-    ("methods/lorsp", {"LoRSP": {"rank": -1}}, "methods.lorsp.LoRSP.rank = -1: input should be greater than or equal to 1"),
-    ("methods/lorsp", {"LoRSP": {"rnak": 2}}, "methods.lorsp.LoRSP.rnak is not a setting; allowed: lr, "),
-    ("methods/lorsp", {"a/b": {}}, "methods.lorsp.a/b"),
-    ("methods/lor_vp", {"VPT-deep": {}}, "variant 'VPT-deep' is named twice"),
-    ("methods/vpt", {"VPT": {"pad_width": 16}}, "methods.vpt.VPT: "),
-    ("robustness/sigmas", [3.0], "robustness.sigmas = 3.0: allowed are"),
-    ("robustness/corruptions", ["shot"], "robustness.corruptions = 'shot': allowed are"),
-    ("robustness/severities", [1, 1], "robustness.severities = [1, 1]: each is allowed once"),
-    ("robustness/attacks", {"pdg": [0.1]}, "robustness.attacks = 'pdg': allowed are"),
-    ("robustness/faults", {"flip": [0.1]}, "robustness.faults = 'flip': allowed are"),
-    ("train/epochs", "six", "train.epochs = 'six': input should be a valid integer"),
-    ("train/seeds", [], "train.seeds = []: "),
-    ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000500: allowed are at most"),
-    ("datasets/mnist", {}, "datasets.mnist: allowed are"),
-    ("extensions", ["no_such_module"], "extensions = 'no_such_module': No module named"),
-    ("target", {}, "target is not a setting; allowed: extensions, backbones, datasets"),
-])
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ("backbones/names", ["pocket_resnt"], "backbone 'pocket_resnt': allowed are pocket_resnet"),
+        ("backbones/names", ["pocket_vit", "pocket_vit"], "backbones.names = ['pocket_vit', 'pocket_vit']: each is allowed once"),
+        ("backbones/names", [], "backbones.names = []: list should have at least 1 item"),
+        ("backbones/names", ["resnet18"], "resnet18.safetensors is missing"),
+        ("methods/lorps", {}, "method 'lorps': allowed are"),
+        ("methods", {"lorsp": {}}, "linear_probe must be one of them"),
+        ("methods/lorsp", {"LoRSP": {"rank": -1}}, "methods.lorsp.LoRSP.rank = -1: input should be greater than or equal to 1"),
+        ("methods/lorsp", {"LoRSP": {"rnak": 2}}, "methods.lorsp.LoRSP.rnak is not a setting; allowed: lr, "),
+        ("methods/lorsp", {"a/b": {}}, "methods.lorsp.a/b"),
+        ("methods/lor_vp", {"VPT-deep": {}}, "variant 'VPT-deep' is named twice"),
+        ("methods/vpt", {"VPT": {"pad_width": 16}}, "methods.vpt.VPT: "),
+        ("robustness/sigmas", [3.0], "robustness.sigmas = 3.0: allowed are"),
+        ("robustness/corruptions", ["shot"], "robustness.corruptions = 'shot': allowed are"),
+        ("robustness/severities", [1, 1], "robustness.severities = [1, 1]: each is allowed once"),
+        ("robustness/attacks", {"pdg": [0.1]}, "robustness.attacks.pdg: allowed are"),
+        ("robustness/faults", {"flip": [0.1]}, "robustness.faults.flip: allowed are"),
+        ("train/epochs", "six", "train.epochs = 'six': input should be a valid integer"),
+        ("train/seeds", [], "train.seeds = []: "),
+        ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000500: allowed are at most"),
+        ("datasets/mnist", {}, "datasets.mnist: allowed are"),
+        ("extensions", ["no_such_module"], "extensions = 'no_such_module': No module named"),
+        ("target", {}, "target is not a setting; allowed: extensions, backbones, datasets"),
+    ],
+)
 def test_a_value_that_cannot_work_is_refused_in_one_line(path, value, message):
     with pytest.raises(ConfigError) as error:
         check_experiment(parse_experiment(changed(path, value)))
@@ -55,74 +61,74 @@ def records(params):
     "What all stages depend on, without data and weights."
     config = parse_experiment(params)
     found = {name: stage_record(config, name) for name in ("prepare", "report")}
-    return found | {f"{stage}-{method}": stage_record(config, stage, method) for method in config.methods for stage in ("train", "evaluate")}
+    return found | {
+        f"{stage}-{method}": stage_record(config, stage, method) for method in config.methods for stage in ("train", "evaluate")
+    }
 
 
-@pytest.mark.parametrize("path, value, stale", [
-    ("train/keep", "last", {"train", "evaluate", "report"}),  # a default that params.yaml does not name
-    ("backbones/img_size", 48, {"prepare", "train", "evaluate", "report"}),
-    ("robustness/severities", [2], {"prepare", "evaluate", "report"}),
-    ("datasets/digits/n_train", 100, {"prepare", "train", "evaluate", "report"}),
-    ("tune/first", [0.3], {"report"}),
-])
-def test_a_changed_value_makes_its_stages_stale(path, value, stale):
+@pytest.mark.parametrize(
+    "path, value, stale",
+    [
+        ("train/keep", "last", {"train", "evaluate", "report"}),  # a default that params.yaml does not name
+        ("backbones/img_size", 48, {"prepare", "train", "evaluate", "report"}),
+        ("robustness/severities", [2], {"prepare", "evaluate", "report"}),
+        ("datasets/digits/n_train", 100, {"prepare", "train", "evaluate", "report"}),
+        ("tune/first", [0.3], {"report"}),
+    ],
+)
+def test_a_changed_value_makes_its_stages_stale(path, value, stale, monkeypatch):
+    monkeypatch.setattr("spikeprompt.experiment.code_checksum", lambda *sources: "")
     before, after = records(read_params()), records(changed(path, value))
     assert {name.split("-")[0] for name in before if before[name] != after[name]} == stale
 
 
-def test_one_methods_value_is_that_methods_affair():
+def test_one_methods_value_is_that_methods_affair(monkeypatch):
+    monkeypatch.setattr("spikeprompt.experiment.code_checksum", lambda *sources: "")
     before, after = records(read_params()), records(changed("methods/lor_vp/LoR-VP/rank", 3))
     assert {name for name in before if before[name] != after[name]} == {"train-lor_vp", "evaluate-lor_vp", "report"}
 
 
-@pytest.fixture
-def copied(tmp_path, monkeypatch):
-    "A copy of package and notebooks whose sources may be changed; the running package is the checkout's."
-    for name in ("spikeprompt", "nbs"):
-        shutil.copytree(project_root() / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "weights"))
-    return tmp_path
-
-
-CODE = """
-import json, sys
-sys.path.insert(0, "{folder}")
-from spikeprompt.engine import code_checksum
-print(json.dumps({{stage: code_checksum(*sources) for stage, sources in {stages}.items()}}))
-"""
-
-
-@pytest.mark.parametrize("path, old, new, stale", [
+EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", '"Config of LoRSP."', '"The config of LoRSP, explained anew."', set()),
-    ("methods/lorsp.py", 'Field(0.1, gt=0, description="α', 'Field(0.2, gt=0, description="α', {"train-lorsp"}),
+    ("methods/lorsp.py", 'Field(0.1, gt=0, description="α', 'Field(0.2, gt=0, description="α', {"train-lorsp", "evaluate"}),
     ("training/loop.py", "# a bar in a terminal", "# a progress bar in a terminal", set()),
     ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt", "evaluate"}),
     ("evaluation/energy.py", '"fp32_mul": 3.7', '"fp32_mul": 3.8', {"evaluate"}),
     ("robustness/corruptions.py", "0.299", "0.3", {"evaluate"}),
-    ("plots.py", '"font.size": 7', '"font.size": 8', set()),
-])
-def test_a_docstring_makes_nothing_stale_and_a_constant_the_right_stages(path, old, new, stale, copied):
-    import json
-    import subprocess
-    import sys
-
-    notebooks = copied / "nbs/pipeline"
-    stages = {
-        "train-lorsp": (f"{notebooks}/102_train.ipynb", "spikeprompt.methods.lorsp"),
-        "train-vpt": (f"{notebooks}/102_train.ipynb", "spikeprompt.baselines.vpt"),
-        "evaluate": (f"{notebooks}/103_evaluate.ipynb",),
-    }
-
-    def checksums():
-        code = CODE.format(folder=copied, stages=stages)
-        return json.loads(subprocess.run([sys.executable, "-c", code], cwd=copied, capture_output=True, text=True, check=True).stdout)
-
-    before = checksums()
-    file = copied / "spikeprompt" / path
+    ("plots.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
+]
+CODE = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, str(Path.cwd()))
+from spikeprompt.engine import code_checksum
+stages = {
+    "train-lorsp": ("nbs/pipeline/102_train.ipynb", "spikeprompt.methods.lorsp"),
+    "train-vpt": ("nbs/pipeline/102_train.ipynb", "spikeprompt.baselines.vpt"),
+    "evaluate": ("nbs/pipeline/103_evaluate.ipynb",),
+}
+checksums = lambda: {stage: code_checksum(*sources) for stage, sources in stages.items()}
+before, found = checksums(), []
+for name, old, new in json.load(sys.stdin):
+    file = Path("spikeprompt") / name
     text = file.read_text()
-    assert old in text
+    assert old in text, (name, old)
     file.write_text(text.replace(old, new))
-    after = checksums()
-    assert {stage for stage in before if before[stage] != after[stage]} == stale
+    found.append([stage for stage, checksum in checksums().items() if checksum != before[stage]])
+    file.write_text(text)
+print(json.dumps(found))
+"""
+
+
+def test_a_docstring_makes_nothing_stale_and_a_constant_the_right_stages(tmp_path):
+    for name in ("spikeprompt", "nbs"):
+        shutil.copytree(project_root() / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    (tmp_path / "data.dvc").touch()
+    edits = json.dumps([edit[:3] for edit in EDITS])
+    ran = subprocess.run([sys.executable, "-c", CODE], cwd=tmp_path, input=edits, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for edit, stale in zip(EDITS, json.loads(ran.stdout)):
+        assert set(stale) == edit[3], edit
 
 
 def test_a_stage_reads_only_what_it_depends_on(tmp_path):
@@ -168,7 +174,9 @@ def read_stripes(folder):
         found = check_experiment(parse_experiment(params))
         assert found["train-mine"]["config"]["methods"] == {"mine": {"Mine-2": {"lr": 0.01, "weight_decay": 0.0, "strength": 2.0}}}
         before = stage_record(parse_experiment(params), "train", "mine")["code"]
-        (tmp_path / "my_extension.py").write_text((tmp_path / "my_extension.py").read_text().replace("strength: float = 1.0", "strength: float = 3.0"))
+        (tmp_path / "my_extension.py").write_text(
+            (tmp_path / "my_extension.py").read_text().replace("strength: float = 1.0", "strength: float = 3.0")
+        )
         assert stage_record(parse_experiment(params), "train", "mine")["code"] != before
     finally:
         METHODS.pop("mine", None), READERS.pop("stripes", None)

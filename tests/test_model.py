@@ -120,11 +120,14 @@ def test_an_adapter_refuses_another_backbone(prompted, tmp_path):
     assert PromptedModel.from_pretrained(tmp_path).backbone.name == "pocket_vit"  # packaged: needs no model
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: "),
-    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json: it lacks method, config"),
-    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345678"), "adapter_model.safetensors: "),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json: "),
+        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json: it lacks method, config"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"12345678"), "adapter_model.safetensors: "),
+    ],
+)
 def test_a_damaged_adapter_is_one_line(damage, message, prompted, tmp_path):
     prompted("pocket_resnet", "lor_vp").save_pretrained(tmp_path)
     damage(tmp_path)
@@ -174,8 +177,15 @@ def test_a_method_of_ones_own_registers_from_a_users_module(images, tmp_path):
         PromptedModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name, config", [
-    ("pocket_resnet", LoRSPConfig()), ("pocket_vit", SpikeNVPTConfig()), ("pocket_swin", VPTConfig()), ("pocket_mixer", SpikeNVPTConfig())])
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("pocket_resnet", LoRSPConfig()),
+        ("pocket_vit", SpikeNVPTConfig()),
+        ("pocket_swin", VPTConfig()),
+        ("pocket_mixer", SpikeNVPTConfig()),
+    ],
+)
 def test_compile_and_export_give_the_same_logits(name, config, images):
     torch.manual_seed(0)
     model = get_prompted_model(timm.create_model(name, pretrained=True), config, 10).eval()
@@ -203,8 +213,16 @@ def test_half_precision(method, prompted, images):
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
 
 
-@pytest.mark.parametrize("name, method", [("pocket_resnet", "lor_vp"), ("pocket_mixer", "linear_probe"), ("pocket_vit", "spike_nvpt"),
-                                          ("pocket_swin", "vpt"), ("test_vit", "lor_vp")])
+@pytest.mark.parametrize(
+    "name, method",
+    [
+        ("pocket_resnet", "lor_vp"),
+        ("pocket_mixer", "linear_probe"),
+        ("pocket_vit", "spike_nvpt"),
+        ("pocket_swin", "vpt"),
+        ("test_vit", "lor_vp"),
+    ],
+)
 def test_a_merged_model_is_timms_and_gives_the_same_logits(name, method, images):
     torch.manual_seed(0)
     config = METHODS[method].config_class()
@@ -224,9 +242,14 @@ def test_a_merged_model_is_timms_and_gives_the_same_logits(name, method, images)
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
-@pytest.mark.parametrize("config, reason", [
-    (LoRSPConfig(), "LoRSP makes another prompt for each image"), (SpikeNVPTConfig(depth="shallow"), "shallow tokens or padding"),
-    (SpikeNVPTConfig(placement="padding"), "shallow tokens or padding")])
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (LoRSPConfig(), "LoRSP makes another prompt for each image"),
+        (SpikeNVPTConfig(depth="shallow"), "shallow tokens or padding"),
+        (SpikeNVPTConfig(placement="padding"), "shallow tokens or padding"),
+    ],
+)
 def test_what_cannot_be_merged_says_what_can_be_done(config, reason, images):
     model = get_prompted_model(timm.create_model("pocket_vit", pretrained=True), config, 10)
     with pytest.raises(ValueError, match=f"{reason}.*`save_pretrained` keeps it"):

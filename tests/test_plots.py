@@ -7,10 +7,8 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from spikeprompt.backbones.loader import create_backbone
 from spikeprompt.evaluation.scores import synthetic_scores
 from spikeprompt.evaluation.statistics import compare
-from spikeprompt.model import get_prompted_model
 from spikeprompt.plots import (
     accuracy_map,
     alt_text,
@@ -28,6 +26,7 @@ from spikeprompt.plots import (
     variant_styles,
 )
 from spikeprompt.prompts.base import Prompt, method_class, packaged_methods
+from spikeprompt.prompts.tokens import TokenPrompt
 
 SIZES = {"linear probe": 0, "better": 400, "equal": 800, "worse": 8000}
 
@@ -97,7 +96,11 @@ def test_variants_are_told_apart_without_colour_and_the_probe_is_grey():
 
 
 def test_readable_names():
-    assert [readable(name) for name in ("fashion_mnist", "shot_noise", "pgd")] == ["Fashion-MNIST", "shot noise", "PGD"]
+    assert [readable(name) for name in ("fashion_mnist", "shot_noise", "fault: quantise")] == [
+        "Fashion-MNIST",
+        "shot noise",
+        "quantised prompt",
+    ]
 
 
 def points(ax):
@@ -136,6 +139,14 @@ def test_faults_keep_their_order_from_mild_to_strong(scores):
     faults = [stored.assign(kind="fault", corruption="quantise", severity=float(level)) for level in (8, 4, 2)]
     ax = robustness_curves(pd.concat([scores[scores.kind == "clean"], *faults])).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "8", "4", "2"] and ax.get_xlabel() == "bits"
+    assert ax.get_ylabel().startswith("quantised prompt")
+
+
+def test_clean_scores_alone_have_one_row_and_no_curves(scores):
+    clean = scores[scores.kind == "clean"]
+    assert len(pareto(clean).axes) == 2
+    with pytest.raises(ValueError, match="no condition besides clean"):
+        robustness_curves(clean)
 
 
 def test_raw_pixels_need_no_backbone_of_their_own(scores):
@@ -147,10 +158,11 @@ def test_raw_pixels_need_no_backbone_of_their_own(scores):
 
 
 def test_marks_of_the_difference_map_are_the_verdicts(compared):
-    verdicts = ["significantly better", "equivalent", "significantly worse", "not significant", "equivalent", "significantly worse"]
-    figure = difference_map(compared.assign(verdict=verdicts))
-    found = {cell.get_text().split()[-1] if " " in cell.get_text() else "": cell.get_fontweight() for cell in figure.axes[0].texts}
-    assert found == {"•": "bold", "≈": "normal", "": "normal"}
+    verdicts = ["significantly better", "equivalent", "significantly worse", "not significant", "not significant", "significantly worse"]
+    marked = compared.assign(verdict=verdicts, equivalent=[False, True, False, False, False, True])
+    cells = difference_map(marked).axes[0].texts
+    found = {(" ".join(cell.get_text().split()[1:]), cell.get_fontweight()) for cell in cells}
+    assert found == {("•", "bold"), ("≈", "normal"), ("", "normal"), ("• ≈", "bold")}
     with pytest.raises(ValueError, match="allowed are linear probe"):
         difference_map(compared, "VPT-deep")
 
@@ -160,22 +172,11 @@ def test_accuracy_map_names_the_best_setting():
     assert "best is 90.0 % at timesteps = 4, sigma = 0.5" in accuracy_map(table, "timesteps", "sigma").get_label()
 
 
-@pytest.fixture(scope="module")
-def images():
-    return torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-def untrained(name, method, images):
-    torch.manual_seed(0)
-    model = get_prompted_model(create_backbone(name), method_class(method).config_class(), num_classes=10)
-    model.calibrate(images)
-    return model.prompt.eval()
-
-
 @pytest.mark.parametrize("method", packaged_methods())
-def test_every_prompt_can_be_drawn(method, images):
-    for name in "pocket_vit", "pocket_swin", "pocket_resnet":
-        prompt = untrained(name, method, images)
+def test_every_prompt_can_be_drawn(method, prompted, images):
+    takes_tokens = issubclass(method_class(method), TokenPrompt)
+    for name in ("pocket_vit", "pocket_swin", "pocket_resnet") if takes_tokens else ("pocket_resnet",):
+        prompt = prompted(name, method).prompt.eval()
         figure = draw_prompt(prompt, images)
         assert prompt.label in figure.get_label()
         assert all(text.get_fontsize() >= 6 for text in figure.findobj(Text) if text.get_text())
@@ -184,10 +185,10 @@ def test_every_prompt_can_be_drawn(method, images):
         assert cell.dim() == 2 or cell.shape == (3, 32, 32) and 0 <= cell.min() <= cell.max() <= 1
 
 
-def test_tokens_are_drawn_as_tokens(images):
-    dense, bits = (prompt_cell(untrained("pocket_vit", method, images), images[0]) for method in ("vpt", "spike_nvpt"))
+def test_tokens_are_drawn_as_tokens(prompted, images):
+    dense, bits = (prompt_cell(prompted("pocket_vit", method).prompt.eval(), images[0]) for method in ("vpt", "spike_nvpt"))
     assert dense.shape == bits.shape == (40, 128) and set(bits.unique().tolist()) == {0, 1} and dense.std() > 0
-    swin = prompt_cell(untrained("pocket_swin", "vpt", images), images[0])
+    swin = prompt_cell(prompted("pocket_swin", "vpt").prompt.eval(), images[0])
     assert swin.isnan().any() and not swin.isnan().all(1).any()  # narrow blocks leave the right side blank
     figure = gallery({"VPT-deep": {"ViT": dense}, "LoR-VP": {"ResNet": images[0]}})
     assert [len(ax.images) for ax in figure.axes] == [1, 0, 0, 1]

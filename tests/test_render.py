@@ -1,4 +1,5 @@
 "The report without its code: a page and a paper from an executed notebook, or one line that says why not."
+
 import base64
 import subprocess
 import sys
@@ -76,15 +77,22 @@ def test_the_same_notebook_gives_the_same_bytes(rendered, tmp_path):
         assert (tmp_path / name).read_bytes() == (rendered[0] / name).read_bytes()
 
 
-@pytest.mark.parametrize("cells, said", [
-    ([v4.new_code_cell("1 + 1")], "no cell has an output: execute the notebook first"),
-    ([code({"text/html": "<script>draw()</script>"})], "HTML that has no place on paper: <script>draw()</script>"),
-    ([code({"application/x-plot": "{}", "text/plain": "Plot()"})], "cell 1: an output of kind application/x-plot, text/plain: allowed are"),
-    ([v4.new_code_cell("x", outputs=[v4.new_output("error", ename="NameError", evalue="x")])], "cell 1: it stopped with NameError: x"),
-    ([v4.new_markdown_cell("$\\nonsense x$")], "Could not convert TeX math"),
-    ([v4.new_markdown_cell("![](missing.svg)")], "missing.svg"),
-    ([v4.new_markdown_cell("[see](#nowhere)")], "nowhere"),
-], ids=["not executed", "script", "widget", "error", "formula", "picture", "link"])
+@pytest.mark.parametrize(
+    "cells, said",
+    [
+        ([v4.new_code_cell("1 + 1")], "no cell has an output: execute the notebook first"),
+        ([code({"text/html": "<script>draw()</script>"})], "HTML that has no place on paper: <script>draw()</script>"),
+        (
+            [code({"application/x-plot": "{}", "text/plain": "Plot()"})],
+            "cell 1: an output of kind application/x-plot, text/plain: allowed are",
+        ),
+        ([v4.new_code_cell("x", outputs=[v4.new_output("error", ename="NameError", evalue="x")])], "cell 1: it stopped with NameError: x"),
+        ([v4.new_markdown_cell("$\\nonsense x$")], "Could not convert TeX math"),
+        ([v4.new_markdown_cell("![](missing.svg)")], "missing.svg"),
+        ([v4.new_markdown_cell("[see](#nowhere)")], "nowhere"),
+    ],
+    ids=["not executed", "script", "widget", "error", "formula", "image", "link"],
+)
 def test_what_cannot_be_rendered_is_one_line_and_no_file(tmp_path, cells, said):
     done = render(tmp_path, *cells)
     assert done.returncode == 1 and not done.stdout and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr

@@ -1,94 +1,312 @@
-"Does the verdict find what is there, and only that, as often as it says?"
-import gc
+"Do the verdicts find what is there, and only that, as often as they say?"
+
+import itertools
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
-from spikeprompt.scores import synthetic_scores
-from spikeprompt.statistics import answers, compare, mcnemar_counts, two_level_bootstrap, verdicts
+from spikeprompt.evaluation.scores import synthetic_scores
+from spikeprompt.evaluation.statistics import (
+    MARGIN,
+    compare,
+    image_accuracy,
+    mcnemar_counts,
+    paired_differences,
+    pairs,
+    seed_variances,
+    sentence,
+    tally,
+    two_level_bootstrap,
+    variance_components,
+    verdicts,
+)
 
-DRAWS = 1000
+SPREADS = {  # standard deviations over seeds in points: of the reference, then of each method
+    "equal": [0.5] * 6,
+    "noisy method": [0.3] * 5 + [1.5],
+    "quiet reference": [0.1, 0.3, 0.3, 0.5, 0.8, 1.5],
+    "noisy reference": [1.5] + [0.3] * 5,
+}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    "statsmodels collects garbage at every correction: leave it little to look through."
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+def family(rng, spreads, backbones=5, seeds=3, images=40, image_spread=1.0, shared=0.0, uneven=0.0, gain=0.0):
+    "Every method against the first and the second: nine comparisons; `gain` points are true of the last method only."
+    methods = len(spreads)
+    per_backbone = np.exp(uneven * rng.normal(size=(methods, backbones, 1))) * rng.normal(size=(methods, backbones, seeds))
+    of_seeds = np.array(spreads)[:, None, None] * (per_backbone + shared * rng.normal(size=(methods, 1, seeds)))
+    of_images = rng.normal(0, image_spread, (methods, 1, 1, images)) + rng.normal(0, image_spread, (methods, backbones, seeds, images))
+    A = (of_seeds[..., None] + of_images) / 100
+    A[-1] += gain / 100
+    return {(m, reference): A[m] - A[reference] for reference in (0, 1) for m in range(reference + 1, methods)}
+
+
+def share_with_false_claims(families, rng, **kind):
+    "Families of null differences in which any is called significant."
+    return sum(verdicts(family(rng, **kind)).verdict.str.startswith("significantly").any() for _ in range(families))
+
+
+def holds(wrong, of, rate=0.05):
+    "Whether a count is compatible with an error rate."
+    return binomtest(int(wrong), of, rate, alternative="greater").pvalue > 0.01
 
 
 @pytest.fixture(scope="module")
-def planted():
-    "Verdicts on a method 3 points better and one that is equal, in 1,000 sets of synthetic scores, each a family of two."
-    tables = []
-    for draw in range(DRAWS):
-        A = answers(synthetic_scores({"better": 3, "equal": 0}, rng=draw), "clean")
-        tables.append(verdicts({(v,): A[v] - A["linear_probe"] for v in ("better", "equal")}, resamples=200))
-    return pd.concat(tables)
+def many():
+    "Verdicts of families of many kinds, on null differences and true ones."
+    rng = np.random.default_rng(1)
+    kinds = itertools.product(SPREADS.values(), (1, 5), (0.5, 4.0), (0.0, 2.0))
+    return pd.concat([verdicts(family(rng, s, backbones=b, image_spread=i, gain=g)) for s, b, i, g in kinds])
 
 
-def test_three_points_are_found(planted):
-    assert (planted.loc["better"].verdict == "ahead").mean() > 0.95
+@pytest.fixture(scope="module")
+def scores():
+    "Scores with an attack on fewer images and a fault that is called like a corruption."
+    table = synthetic_scores({"better": 3, "equal": 0}, images=400)
+    clean = table[table.kind == "clean"]
+    attack = clean.assign(kind="attack", corruption="pgd", severity=0.01, correct=clean.correct.map(lambda bits: bits[:100]))
+    fault = clean.assign(kind="fault", corruption="gaussian", severity=0.5, correct=clean.correct.map(lambda bits: ~bits))
+    return pd.concat([table, attack, fault], ignore_index=True)
 
 
-def test_nothing_is_found_where_nothing_is(planted):
-    wrong = (planted.loc["equal"].verdict != "no difference shown").sum()
-    assert binomtest(int(wrong), DRAWS, 0.05, alternative="greater").pvalue > 0.01, f"{wrong} of {DRAWS} verdicts are wrong"
+def test_interval_p_and_verdict_agree(many):
+    excludes = (many.low > 0) | (many.high < 0)
+    significant = many.verdict.isin(["significantly better", "significantly worse"])
+    assert significant.any() and not significant.all()
+    assert (significant == excludes).all() and (significant == (many.p < 0.05)).all()
+    assert (many.difference[many.verdict == "significantly better"] > 0).all()
+    assert (many.difference[many.verdict == "significantly worse"] < 0).all()
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say(planted):
-    for name, truth in ("better", 3), ("equal", 0):
-        rows = planted.loc[name]
-        held = ((rows.low <= truth) & (truth <= rows.high)).sum()
-        assert binomtest(int(held), DRAWS, 0.95, alternative="less").pvalue > 0.01, f"{name}: {held} of {DRAWS} intervals hold {truth}"
+def test_equivalent_is_an_interval_within_the_margin(many):
+    within = (many.low > -MARGIN) & (many.high < MARGIN)
+    includes = (many.low <= 0) & (many.high >= 0)
+    assert within.any() and (many.equivalent == within).all()
+    assert ((many.verdict == "equivalent") == (within & includes)).all()
+    assert ((many.verdict == "not significant") == (~within & includes)).all()
 
 
-def test_wide_spread_of_the_seeds_does_not_fool_it():
-    wrong = 0
-    for draw in range(100):
-        A = answers(synthetic_scores({"equal": 0}, seed_spread=3, pictures=300, backbones=2, rng=draw), "clean")
-        wrong += verdicts({("equal",): A["equal"] - A["linear_probe"]}, resamples=200).verdict.iloc[0] != "no difference shown"
-    assert binomtest(int(wrong), 100, 0.05, alternative="greater").pvalue > 0.01, f"{wrong} of 100"
+def test_mdd_is_at_the_level_of_the_interval(many):
+    half = (many.high - many.low) / 2
+    assert (many.mdd > half).all()  # what is found four times out of five is beyond what is found half of the time
+    assert (many.mdd[many.verdict == "not significant"] > many.difference.abs()[many.verdict == "not significant"]).all()
+
+
+def test_a_small_difference_can_be_significant_and_within_the_margin():
+    D = family(np.random.default_rng(0), [0.05, 0.05], image_spread=0.2, gain=0.6)
+    row = verdicts(D).iloc[0]
+    assert row.verdict == "significantly better" and row.equivalent
+    assert not verdicts(D, margin=0.5).equivalent.any()
+
+
+def test_one_comparison_is_welch_satterthwaite_at_95_percent():
+    D = np.random.default_rng(0).normal(0.02, 0.3, (1, 3, 200))
+    seeds, together, images = variance_components(D)
+    used = max(seeds, together)
+    nu = (used + images) ** 2 / (used**2 / 2 + images**2 / 199)
+    row = verdicts({"a": D}).iloc[0]
+    assert (row.high - row.low) / 2 == pytest.approx(100 * student.ppf(0.975, nu) * np.sqrt(used + images))
+    assert row.p == pytest.approx(2 * student.sf(abs(D.mean()) / np.sqrt(used + images), nu))
+
+
+def test_a_larger_family_has_wider_intervals():
+    D = np.random.default_rng(0).normal(0, 0.3, (5, 3, 100))
+    widths = [verdicts({k: D for k in range(count)}).pipe(lambda t: t.high - t.low).iloc[0] for count in (1, 5, 50)]
+    assert widths[0] < widths[1] < widths[2]
+
+
+def test_variance_components_are_those_of_the_mean():
+    rng = np.random.default_rng(0)
+    found, means = [], []
+    for _ in range(1000):
+        D = rng.normal(0, 0.2, (4, 3, 1)) + rng.normal(0, 1, (1, 1, 60)) + rng.normal(0, 1, (4, 3, 60))
+        found.append(variance_components(D))
+        means.append(D.mean())
+    independent, together, images = np.mean(found, 0)
+    assert independent + images == pytest.approx(np.var(means), rel=0.1)
+    assert together == pytest.approx(independent, rel=0.1)
+    assert images == pytest.approx(1 / 60, rel=0.05)
+
+
+def test_three_seeds_that_agree_by_chance_prove_nothing():
+    "A comparison whose seeds give 4.17, 4.07 and 4.33, among others whose seeds spread as usual."
+    rng = np.random.default_rng(0)
+    D = {k: np.full((1, 3, 1000), 0.0) + rng.normal(0, 0.01, (1, 3, 1)) for k in range(5)}
+    D["lucky"] = np.array([0.0417, 0.0407, 0.0433])[None, :, None] + np.zeros((1, 3, 1000))
+    D = {name: d + rng.normal(0, 0.05, (1, 1, 1000)) for name, d in D.items()}
+    alone, among = verdicts({"lucky": D["lucky"]}).loc["lucky"], verdicts(D).loc["lucky"]
+    assert among.p > 1e-3 > alone.p
+    assert among.high - among.low > 3 * (alone.high - alone.low)
+
+
+def test_a_noisy_method_keeps_its_own_variance():
+    components = np.array([[1.0, 0, 0], [1.0, 0, 0], [16.0, 0, 0]])
+    assert seed_variances(components, ["clean"] * 3).tolist() == [6, 6, 16]
+    assert seed_variances(components, ["clean", "clean", "corrupted"]).tolist() == [1, 1, 16]
+    assert seed_variances(np.array([[1.0, 4.0, 0], [1.0, 8.0, 0]]), [0, 0]).tolist() == [6, 6]  # luck that backbones share
+
+
+@pytest.mark.parametrize("spreads", SPREADS)
+def test_false_claims_at_three_seeds(spreads):
+    wrong = share_with_false_claims(300, np.random.default_rng(0), spreads=SPREADS[spreads], backbones=2)
+    assert holds(wrong, 300), f"{wrong} of 300 families"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spreads", SPREADS)
+@pytest.mark.parametrize("backbones", [1, 2, 5])
+@pytest.mark.parametrize("image_spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("shared, uneven", [(0, 0), (0.5, 0), (0, 1), (0.5, 1)])
+def test_false_claims_at_three_seeds_whatever_the_variances(spreads, backbones, image_spread, shared, uneven):
+    kind = {"spreads": SPREADS[spreads], "backbones": backbones, "image_spread": image_spread, "shared": shared, "uneven": uneven}
+    wrong = share_with_false_claims(1000, np.random.default_rng(2), **kind)
+    assert holds(wrong, 1000), f"{wrong} of 1000 families"
+
+
+@pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])
+def test_power_on_five_backbones(gain, found, at_least):
+    "Seeds that spread by half a point: nine comparisons still find two points, and often that there is no difference of one."
+    rng = np.random.default_rng(0)
+    rows = [verdicts(family(rng, SPREADS["equal"], image_spread=0.7, gain=gain)).loc[(5, 0)] for _ in range(100)]
+    assert sum(row.verdict == found for row in rows) >= at_least
 
 
 def test_what_is_detectable_is_detected_four_times_out_of_five():
-    found, mdd = 0, np.median([verdicts({("v",): a["v"] - a["linear_probe"]}, resamples=200).mdd.iloc[0]
-                               for a in (answers(synthetic_scores({"v": 0}, rng=draw), "clean") for draw in range(20))])
-    for draw in range(100):
-        A = answers(synthetic_scores({"v": mdd}, rng=1000 + draw), "clean")
-        found += verdicts({("v",): A["v"] - A["linear_probe"]}, resamples=200).verdict.iloc[0] == "ahead"
-    assert found >= 70  # 80 expected at least; fewer than 70 has a chance below 1 %
-
-
-def test_bootstrap_spread_is_that_of_the_mean_over_seeds_and_pictures():
     rng = np.random.default_rng(0)
-    of_seeds, of_pictures = rng.normal(0, 0.2, (400, 3, 1)), rng.normal(0, 1, (400, 1, 100))
-    D = of_seeds + of_pictures
-    spread = two_level_bootstrap(D, 2000).var(1).mean()
-    assert spread == pytest.approx(0.2**2 / 3 + 1 / 100, rel=0.1)
+    kind = {"spreads": SPREADS["equal"], "image_spread": 4.0}
+    mdd = np.median([verdicts(family(rng, **kind)).mdd.iloc[0] for _ in range(50)])
+    found = sum(verdicts(family(rng, gain=mdd, **kind)).loc[(5, 0)].verdict == "significantly better" for _ in range(200))
+    assert 140 <= found <= 185  # 160 expected
 
 
-def test_comparisons_of_a_target_are_one_family():
-    tested = synthetic_scores({"better": 3, "equal": 0})
-    table = compare(tested, [("better", "linear_probe"), ("equal", "linear_probe")])
-    assert len(table) == 4 and (table.p_holm >= table.p).all()
-    smallest = table.p.idxmin()
-    assert table.p_holm[smallest] == pytest.approx(4 * table.p[smallest])
+def test_a_difference_as_large_as_the_margin_is_not_equivalent():
+    rng = np.random.default_rng(0)
+    wrong = sum(verdicts(family(rng, SPREADS["equal"], gain=MARGIN)).equivalent[5, 0] for _ in range(300))
+    assert holds(wrong, 300), f"{wrong} of 300"
 
 
-def test_each_corruption_counts_once():
-    tested = synthetic_scores({}, backbones=1, seeds=1)
-    by_hand = tested[tested.corruption != "clean"].groupby("corruption").accuracy.mean().mean()
-    assert answers(tested, "corrupted")["linear_probe"].mean() == pytest.approx(by_hand)
+def test_intervals_hold_the_truth_on_scores_of_zeros_and_ones():
+    held = []
+    for draw in range(100):
+        made = synthetic_scores({"better": 3, "equal": 0}, backbones=3, images=400, rng=draw)
+        A = image_accuracy(made[made.kind == "clean"], "clean")
+        table = verdicts({v: paired_differences(A, v, "linear probe") for v in ("better", "equal")})
+        truth = pd.Series({"better": 3.0, "equal": 0.0})
+        held.append(((table.low <= truth) & (truth <= table.high)).all())
+    assert holds(100 - sum(held), 100)
+
+
+def test_no_verdict_from_one_seed(scores):
+    table = compare(scores[scores.seed == 0], [("better", "linear probe")])
+    assert set(table.verdict) == {"no verdict (one seed)"}
+    assert table[["low", "high", "mdd", "p"]].isna().all(axis=None) and not table.equivalent.any()
+    assert "one seed allows no verdict" in sentence(table)
+
+
+def test_methods_that_answer_alike_are_equivalent():
+    row = verdicts({"a": np.zeros((2, 3, 50))}).iloc[0]
+    assert row.verdict == "equivalent" and row.p == 1 and row.high == pytest.approx(0)
+
+
+def test_each_corruption_counts_once(scores):
+    by_hand = scores[scores.kind == "noise"].groupby(["variant", "corruption"]).accuracy.mean().groupby("variant").mean()
+    found = image_accuracy(scores, "corrupted").mean(axis=1).groupby(level=0).mean()
+    pd.testing.assert_series_equal(found, by_hand, check_names=False)
+
+
+def test_images_are_named_by_condition(scores):
+    clean, fault = image_accuracy(scores, "clean"), image_accuracy(scores, "fault: gaussian")
+    assert (fault == 1 - clean).all(axis=None)
+    assert image_accuracy(scores, "pgd").shape[1] == 100
+    with pytest.raises(ValueError, match="images 'fog': allowed are corrupted, clean, gaussian, shot_noise, pgd, fault: gaussian"):
+        image_accuracy(scores, "fog")
+
+
+def test_differences_are_paired_whatever_the_order_of_the_rows(scores):
+    one = paired_differences(image_accuracy(scores, "clean"), "better", "linear probe")
+    other = paired_differences(image_accuracy(scores.sample(frac=1, random_state=0), "clean"), "better", "linear probe")
+    assert one.shape == (5, 3, 400) and (one == other).all()
+
+
+def test_runs_that_cannot_be_paired_are_refused(scores):
+    clean = scores[scores.kind == "clean"]
+    gone = (clean.variant == "equal") & (clean.backbone == "backbone 1") & (clean.seed == 2)
+    A = image_accuracy(clean[~gone], "clean")
+    for pair in ("equal", "better"), ("better", "equal"):
+        with pytest.raises(ValueError, match="not run on the same backbones with the same seeds"):
+            paired_differences(A, *pair)
+    with pytest.raises(ValueError, match="variant 'worse' has no scores; there are better, equal, linear probe"):
+        paired_differences(A, "worse", "better")
+
+
+def test_comparisons_of_a_dataset_are_one_family(scores):
+    wanted = [("better", "linear probe"), ("equal", "linear probe")]
+    two = pd.concat([scores, scores.assign(dataset="other")])
+    table, alone = compare(two, wanted, ("clean", "pgd")), compare(scores, wanted, ("clean",))
+    assert list(table.columns[:4]) == ["dataset", "variant", "reference", "images"] and len(table) == 8
+    parts = [part.drop(columns="dataset").reset_index(drop=True) for _, part in table.groupby("dataset", sort=False)]
+    pd.testing.assert_frame_equal(*parts)
+    assert (table[table.images == "clean"].high.iloc[:2].to_numpy() > alone.high.to_numpy()).all()
+
+
+def test_pairs_are_with_the_linear_probe_and_the_reference_method():
+    methods = {"linear_probe": {"linear probe": {}}, "vpt": {"VPT": {}, "VPT-shallow": {}}, "spike_nvpt": {"Spike-NVPT": {}}}
+    expected = [("VPT", "linear probe"), ("VPT-shallow", "linear probe")]
+    expected += [("Spike-NVPT", reference) for reference in ("linear probe", "VPT", "VPT-shallow")]
+    assert pairs(methods, {"vpt": "linear_probe", "spike_nvpt": "vpt"}) == expected
+    assert pairs({"spike_nvpt": {"Spike-NVPT": {}}}, {"spike_nvpt": "vpt"}) == []
+
+
+@pytest.fixture
+def rows():
+    "A table with each verdict."
+    names = ["dataset", "variant", "reference", "images", "difference", "low", "high", "mdd", "p", "verdict", "equivalent"]
+    start = ["toy", "A", "linear probe", "clean"]
+    return pd.DataFrame(
+        [
+            [*start, 2.6, 1.0, 4.2, 1.9, 0.01, "significantly better", False],
+            [*start, -0.4, -0.7, -0.1, 0.4, 0.02, "significantly worse", True],
+            [*start, -0.01, -0.5, 0.5, 0.6, 1.0, "equivalent", True],
+            [*start[:3], "shot_noise", 0.8, -1.0, 2.6, 2.2, 0.6, "not significant", False],
+        ],
+        columns=names,
+    )
+
+
+def test_one_claim_a_sentence(rows):
+    assert sentence(rows).replace(". ", ".\n").splitlines() == [
+        "A is significantly better than the linear probe on clean images: +2.6 points (95 % simultaneous interval +1.0 to +4.2; MDD 1.9).",
+        "A is significantly worse than the linear probe on clean images: -0.4 points (95 % simultaneous interval -0.7 to -0.1; MDD 0.4).",
+        "This difference lies within the equivalence margin.",
+        "A and the linear probe are equivalent on clean images: +0.0 points (95 % simultaneous interval -0.5 to +0.5; MDD 0.6).",
+        "The difference between A and the linear probe under shot noise is not significant: +0.8 points "
+        "(95 % simultaneous interval -1.0 to +2.6; MDD 2.2).",
+    ]
+
+
+def test_tally_names_every_variant_once_for_each_kind_of_images(rows):
+    text = tally(rows.assign(variant=list("ABCD"), images="clean"), "linear probe")
+    assert text == (
+        "A is significantly better than the linear probe on clean images. B is significantly worse than the linear probe on clean images. "
+        "C is equivalent to the linear probe on clean images. The difference to the linear probe on clean images is not significant for D."
+    )
+    both = tally(rows.assign(variant=list("ABCD"), images="clean", verdict="significantly better"), "linear probe")
+    assert both.startswith("A, B, C and D are significantly better than") and "No variant is significantly worse" in both
 
 
 def test_mcnemar_sees_one_backbone_that_loses():
-    tested = synthetic_scores({"better": 0}, backbones=2, seed_spread=0)
-    lost = (tested.variant == "better") & (tested.backbone == "backbone 1")
-    tested.loc[lost, "correct"] = tested.loc[lost, "correct"].map(lambda bits: bits & (np.arange(len(bits)) % 8 > 0))
-    counts = mcnemar_counts(tested)
+    made = synthetic_scores({"better": 0}, backbones=2, seed_spread=0)
+    lost = (made.variant == "better") & (made.backbone == "backbone 1")
+    made.loc[lost, "correct"] = made.loc[lost, "correct"].map(lambda bits: bits & (np.arange(len(bits)) % 8 > 0))
+    raw = made[made.kind == "clean"].head(1).assign(variant="raw pixels", backbone="none")  # has nothing to be paired with
+    counts = mcnemar_counts(pd.concat([made, raw]))
     assert counts.loc["better", "backbone 0"] == "+0 -0 of 3" and counts.loc["better", "backbone 1"] == "+0 -3 of 3"
+    assert list(counts.index) == ["better"]
+
+
+def test_bootstrap_spread_is_that_of_the_mean_over_seeds_and_images():
+    rng = np.random.default_rng(0)
+    D = rng.normal(0, 0.2, (400, 3, 1)) + rng.normal(0, 1, (400, 1, 100))
+    assert two_level_bootstrap(D, 2000).var(1).mean() == pytest.approx(0.2**2 / 3 + 1 / 100, rel=0.1)

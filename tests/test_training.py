@@ -8,7 +8,7 @@ import torch
 
 from spikeprompt.backbones.loader import create_backbone, fingerprint
 from spikeprompt.config import BackbonesConfig, DatasetConfig, ExperimentConfig, TrainConfig
-from spikeprompt.datasets import read_dataset
+from spikeprompt.datasets import read_dataset, save_dataset
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import METHODS, Prompt, PromptConfig, method_class, packaged_methods
 from spikeprompt.training.head import accuracy, linear_probe, outputs
@@ -22,8 +22,7 @@ packaged_methods()
 def prepared(tmp_path_factory):
     "Folder of the digits' training part."
     folder = tmp_path_factory.mktemp("prepared")
-    dataset = read_dataset("digits", DatasetConfig())
-    np.savez(folder / "digits.npz", x_train=dataset.x_train, y_train=dataset.y_train)
+    save_dataset(read_dataset("digits", DatasetConfig()), folder / "digits.npz")
     return folder
 
 
@@ -42,8 +41,10 @@ def parts_of(config, prepared, name="pocket_vit"):
     return backbone, training_images(prepared, config, "digits", backbone, 0)
 
 
-@pytest.mark.parametrize("name, method", [
-    ("pocket_vit", "spike_nvpt"), ("pocket_resnet", "lorsp"), ("pocket_swin", "vpt_noise"), ("pocket_resnet", "lorsp_permuted")])
+@pytest.mark.parametrize(
+    "name, method",
+    [("pocket_vit", "spike_nvpt"), ("pocket_resnet", "lorsp"), ("pocket_swin", "vpt_noise"), ("pocket_resnet", "lorsp_permuted")],
+)
 def test_same_seed_same_result_to_the_bit_saved_and_loaded(name, method, prepared, tmp_path):
     config = experiment(method, name)
     backbone, parts = parts_of(config, prepared, name)

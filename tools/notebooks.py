@@ -27,12 +27,11 @@ class NotebookError(Exception):
 
 
 def call(*command: str | Path):
-    "Run a program at the top of the checkout; raises `NotebookError` with its first line of complaint."
+    "Run a program at the top of the checkout; raises `NotebookError` with its complaint."
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        known = [line for line in lines if re.match(r"error|\w*Error\b", line)]
-        raise NotebookError((known or lines or [f"{command[0]} failed"])[-1 if not lines[0].startswith("error") else 0])
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise NotebookError(next((line for line in lines if line.startswith("error")), lines[-1] if lines else f"{command[0]} failed"))
 
 
 def write(path: Path, text: str):
@@ -66,7 +65,7 @@ def export():
                 modules.append(path)
             else:
                 path.unlink()
-    call(bin / "ruff", "format", "--quiet", *modules)
+    call(bin / "ruff", "format", *modules)
 
 
 def execute(path: Path) -> str | None:
@@ -109,7 +108,7 @@ def main():
     try:
         for path in paths:
             clean(path)
-        call(Path(sys.executable).parent / "ruff", "format", "--quiet", *paths)
+        call(Path(sys.executable).parent / "ruff", "format", *paths)
         export()
         if chosen.no_run:
             return

@@ -110,7 +110,7 @@ def pandoc(text: str, *options: str, folder: Path | None = None) -> str:
 
 
 def shown(output: dict, name: str, folder: Path) -> str:
-    "One output as Markdown; a picture goes to a file of that name in the folder."
+    "One output as Markdown; an image goes to a file of that name in the folder."
     if output.output_type == "stream":
         return f"{FENCE}\n{output.text.rstrip()}\n{FENCE}" if output.name == "stdout" else ""
     if output.output_type == "error":
@@ -185,7 +185,7 @@ def caption(block: dict, label: str) -> list | None:
 
 
 def with_captions(blocks: list) -> list:
-    "Lone pictures become figures; `*Figure. …*` or `*Table. …*` below one becomes its caption."
+    "Lone images become figures; `*Figure. …*` or `*Table. …*` below one becomes its caption."
     kept = []
     for block in blocks:
         if block["t"] == "Para" and [inline["t"] for inline in block["c"]] == ["Image"]:

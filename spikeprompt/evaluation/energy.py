@@ -64,7 +64,7 @@ def count_macs(
     one = images[:1]
     return batch_macs(function, torch.cat([one, one])) - batch_macs(function, one)
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c18
+# %% ../../nbs/evaluation/92_energy.ipynb #c17
 @singledispatch
 def operations(
     prompt: Prompt,  # in evaluation mode
@@ -73,13 +73,13 @@ def operations(
     "Operations that make the deployed prompt of an image."
     return {"macs": float(count_macs(prompt.pixels, images)), "acs": 0.0, "membrane_updates": 0.0}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c20
+# %% ../../nbs/evaluation/92_energy.ipynb #c19
 @operations.register
 def _(prompt: SMM, images: Tensor) -> dict[str, float]:
     cost = operations.dispatch(Prompt)(prompt, images)
     return cost | {"macs": cost["macs"] + images[0].numel()}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c22
+# %% ../../nbs/evaluation/92_energy.ipynb #c21
 def _added_pixels(
     prompt: LoRSP,
     spikes: list[Tensor],
@@ -116,7 +116,7 @@ def variant_operations(
     currents = pixels + 2 * K * view + neurons
     return {"macs": currents + _pairs(spikes), "acs": pixels + _added_pixels(prompt, spikes), "membrane_updates": float(neurons)}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c24
+# %% ../../nbs/evaluation/92_energy.ipynb #c23
 @variant_operations.register
 def _(variant: BinaryVariant, prompt: LoRSP, images: Tensor) -> dict[str, float]:
     cost, pairs = variant_operations.dispatch(FactorVariant)(variant, prompt, images), _pairs(prompt.spikes(images))
@@ -142,13 +142,13 @@ def _(variant: SelectVariant, prompt: LoRSP, images: Tensor) -> dict[str, float]
 def _(variant: StaticVariant, prompt: LoRSP, images: Tensor) -> dict[str, float]:
     return {"macs": 0.0, "acs": 0.0, "membrane_updates": 0.0}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c25
+# %% ../../nbs/evaluation/92_energy.ipynb #c24
 @operations.register
 @torch.no_grad()
 def _(prompt: LoRSP, images: Tensor) -> dict[str, float]:
     return variant_operations(prompt.variant, prompt, images)
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c27
+# %% ../../nbs/evaluation/92_energy.ipynb #c26
 @operations.register
 def _(prompt: LoRSPNoCarry, images: Tensor) -> dict[str, float]:
     cost = operations.dispatch(LoRSP)(prompt, images)
@@ -161,7 +161,7 @@ def _(prompt: LoRSPMagnitudeMask, images: Tensor) -> dict[str, float]:
     comparisons = cost["membrane_updates"] * ceil(log2(max(images.shape[-2:])))
     return cost | {"acs": cost["acs"] + comparisons, "membrane_updates": 0.0}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c29
+# %% ../../nbs/evaluation/92_energy.ipynb #c28
 def _linear_weights(
     module: nn.Module,
 ) -> int:
@@ -180,7 +180,7 @@ def token_macs(
     passing = n * (p * _linear_weights(attn) + 2 * D * ((N + p) ** 2 - N**2)) + p * _linear_weights(block.mlp)
     return {"tokens": passing, "prefix": 2 * n * p * N * D}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c31
+# %% ../../nbs/evaluation/92_energy.ipynb #c30
 @torch.no_grad()
 def attention_shapes(
     backbone: Backbone,  # a ViT or a Swin without a prompt
@@ -197,7 +197,7 @@ def attention_shapes(
             handle.remove()
     return shapes
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c34
+# %% ../../nbs/evaluation/92_energy.ipynb #c33
 @torch.no_grad()
 def added_macs(
     model: PromptedModel,  # in evaluation mode
@@ -216,7 +216,7 @@ def added_macs(
     costs = [token_macs(block, *shape, prompt.config.num_tokens) for block, shape in zip(blocks, shapes, strict=True)]
     return {way: sum(cost[way] for cost in costs) for way in ("tokens", "prefix")}
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c36
+# %% ../../nbs/evaluation/92_energy.ipynb #c35
 ENERGY_PJ = {  # 45 nm, 0.9 V: M. Horowitz, Computing's energy problem (and what we can do about it), ISSCC 2014
     "fp32_mul": 3.7,
     "fp32_add": 0.9,
@@ -229,7 +229,7 @@ MAC_PJ, AC_PJ = ENERGY_PJ["fp32_mul"] + ENERGY_PJ["fp32_add"], ENERGY_PJ["fp32_a
 WORD_PJ = ENERGY_PJ["sram_8kb"] / 2  # 32 bits from or to an 8 KB memory
 MEMBRANE_PJ = 2 * AC_PJ + 2 * WORD_PJ
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c38
+# %% ../../nbs/evaluation/92_energy.ipynb #c37
 def picojoules(
     macs: float = 0.0,  # fp32
     acs: float = 0.0,  # fp32 additions alone
@@ -238,14 +238,14 @@ def picojoules(
     "Energy of operations at 45 nm; memory traffic of the membrane potentials only."
     return macs * MAC_PJ + acs * AC_PJ + membrane_updates * MEMBRANE_PJ
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c41
+# %% ../../nbs/evaluation/92_energy.ipynb #c40
 def deployed_bytes(
     prompt: Prompt,
 ) -> int:
     "Memory that a deployed prompt takes."
     return sum(tensor.numel() * tensor.element_size() for tensor in prompt.deployed_state().values())
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c42
+# %% ../../nbs/evaluation/92_energy.ipynb #c41
 def _connection_sparsity(
     prompt: Prompt,
     measures: dict[str, float],  # from `Prompt.measures`
@@ -255,7 +255,7 @@ def _connection_sparsity(
         return (prompt.concat_layers(prompt.prompt_tokens) == 0).float().mean().item()
     return 1 - measures.get("pixel_density", measures.get("bit_density", nan))
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c44
+# %% ../../nbs/evaluation/92_energy.ipynb #c43
 @torch.no_grad()
 def footprint(
     model: PromptedModel,
@@ -288,7 +288,7 @@ def footprint(
         row |= {f"system_pj_{way}": system_pj, f"prompt_percent_{way}": 100 * prompt_pj / system_pj}
     return row
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c58
+# %% ../../nbs/evaluation/92_energy.ipynb #c55
 def read_pj(
     stored: int,  # bytes that the memory has to hold
 ) -> float:  # pJ for 32 bits
@@ -296,7 +296,7 @@ def read_pj(
     sizes = {8: "sram_8kb", 32: "sram_32kb", 1024: "sram_1mb"}
     return ENERGY_PJ[next((name for kilobytes, name in sizes.items() if stored <= 1024 * kilobytes), "dram")] / 2
 
-# %% ../../nbs/evaluation/92_energy.ipynb #c60
+# %% ../../nbs/evaluation/92_energy.ipynb #c56
 @torch.no_grad()
 def non_spiking_counterparts(
     prompt: LoRSP,  # of the variant `factor`

@@ -1,0 +1,98 @@
+"The checkout is in order: package from notebooks, one reading order, results of this code."
+
+import hashlib
+import json
+import re
+import subprocess
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+
+from spikeprompt.backbones.pocket import packaged_weights, pocket_names
+from spikeprompt.config import project_root, read_params
+from spikeprompt.evaluation.scores import read_scores
+from spikeprompt.evaluation.statistics import compare, pairs, sentence
+from spikeprompt.prompts.base import method_class
+from spikeprompt.training.runs import all_runs, parse_experiment
+
+ROOT = project_root()
+NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
+STAGES = sorted((ROOT / "nbs/pipeline").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
+def test_a_stage_has_one_parameters_cell(path):
+    tagged = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1 and tagged[0].cell_type == "code"
+
+
+def test_numbers_are_unique_and_no_module_imports_a_later_one():
+    numbers = {path: int(path.stem.split("_")[0]) for path in NOTEBOOKS}
+    assert len(set(numbers.values())) == len(numbers)
+    exported = {}
+    for path in NOTEBOOKS:
+        found = re.search(r"#\| default_exp (\S+)", path.read_text().replace('\\n"', "\n"))
+        if found:
+            exported[found[1].strip('",')] = numbers[path]
+    for module, number in exported.items():
+        text = (ROOT / "spikeprompt" / f"{module.replace('.', '/')}.py").read_text()
+        above = ["", *module.split(".")[:-1]]
+        for dots, name in re.findall(r"^from (\.+)([\w.]+) import", text, re.M):
+            target = ".".join([*above[1 : len(above) + 1 - len(dots)], name]).strip(".")
+            if target in exported:
+                assert exported[target] < number, f"{module} imports {target}"
+
+
+def references(config):
+    return {method: method_class(method).reference for method in config.methods}
+
+
+def test_the_committed_scores_have_every_run_of_params_yaml():
+    config = parse_experiment(read_params())
+    table = read_scores(list(config.methods), ROOT / "results/scores")
+    found = set(table[["dataset", "backbone", "method", "variant", "seed"]].itertuples(index=False, name=None))
+    assert found == set(all_runs(config))
+
+
+def test_committed_verdicts_are_those_of_the_committed_scores():
+    config = parse_experiment(read_params())
+    again = compare(read_scores(list(config.methods), ROOT / "results/scores"), pairs(config.methods, references(config)))
+    kept = pd.read_csv(ROOT / "results/verdicts.csv")
+    names = ["dataset", "variant", "reference", "images", "verdict"]
+    pd.testing.assert_frame_equal(again[names], kept[names], check_dtype=False)
+    assert np.abs(again.difference - kept.difference).max() < 0.01
+    report = (ROOT / "results/report.ipynb").read_text()
+    for _, rows in kept.groupby(["dataset", "variant", "reference"], sort=False):
+        assert json.dumps(sentence(rows))[1:-1] in report
+
+
+def test_tracked_files_are_small_and_name_no_lock():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    sizes = {name: (ROOT / name).stat().st_size for name in listed if name and (ROOT / name).is_file()}
+    assert sum(sizes.values()) < 24e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    assert "uv.lock" not in sizes
+
+
+def test_no_stage_lists_a_module_and_the_run_cache_is_on():
+    for path in [ROOT / "dvc.yaml", *ROOT.glob("experiments/*/dvc.yaml")]:
+        text = path.read_text()
+        assert "spikeprompt/" not in re.sub(r"^#.*$", "", text, flags=re.M).replace("spikeprompt/weights", ""), path
+        outs = re.findall(r"^ +outs:\n((?: +(?:- |cache).*\n)+)", text, re.M)
+        assert outs and not any("cache: false" in block for block in outs), path
+
+
+@pytest.mark.parametrize("name", pocket_names)
+def test_pocket_weights_are_small_and_those_of_their_card(name):
+    content = (packaged_weights / f"{name}.safetensors").read_bytes()
+    card = json.loads((packaged_weights / f"{name}.json").read_text())
+    assert len(content) < 3e6 and hashlib.sha256(content).hexdigest() == card["sha256"]
+
+
+def test_pretraining_pays_on_every_backbone():
+    gains = []
+    for name in pocket_names:
+        probes = json.loads((packaged_weights / f"{name}.json").read_text())["probes"]["fashion_mnist"]
+        gains.append(probes["pretrained"]["test"] - probes["pixels"]["test"])
+    assert min(gains) > 0 and sum(gain >= 2 for gain in gains) >= 3, gains
