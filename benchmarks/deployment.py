@@ -9,32 +9,24 @@ import sys
 import timm
 import torch
 from prompt_step import seconds
-from spikeprompt.deployment import Normalised, deployed, fold_tokens
-from spikeprompt.methods.vpt import VPT, VPTConfig
 
-from spikeprompt.backbones import Backbone
-from spikeprompt.methods.spike_nvpt import SpikeNVPT, SpikeNVPTConfig
-from spikeprompt.prompts import Head, Prompt, PromptedModel
+from spikeprompt import LinearProbeConfig, SpikeNVPTConfig, VPTConfig, get_prompted_model
 
 ROUNDS, BATCH = 41, 4
 
 
 def forms(name: str) -> dict[str, torch.nn.Module]:
-    "The same backbone bare, with dense tokens, and with Spike-NVPT's in every form."
+    "The same backbone bare, with dense tokens, and with Spike-NVPT's tokens in both forms."
 
-    def model(prompt) -> PromptedModel:
+    def model(config):
         torch.manual_seed(0)
-        backbone = Backbone(name, timm.create_model(name))
-        D = backbone.num_features
-        return PromptedModel(backbone, prompt(backbone), Head(torch.zeros(D), torch.ones(D), torch.randn(10, D), torch.zeros(10))).eval()
+        return get_prompted_model(timm.create_model(name), config, num_classes=10).eval()
 
-    spiking = model(lambda backbone: SpikeNVPT(SpikeNVPTConfig(), backbone))
     return {
-        "bare backbone": model(lambda backbone: Prompt()),
-        "dense VPT": model(lambda backbone: VPT(VPTConfig(), backbone)),
-        "Spike-NVPT, training graph": spiking,
-        "Spike-NVPT, fixed tokens": deployed(spiking),
-        "Spike-NVPT, keys and values": Normalised(fold_tokens(spiking)[0], spiking.backbone).eval(),
+        "bare backbone": model(LinearProbeConfig()),
+        "VPT-deep": model(VPTConfig()),
+        "Spike-NVPT": model(SpikeNVPTConfig()),
+        "Spike-NVPT, merged: prefix keys and values": model(SpikeNVPTConfig()).merge_and_unload(),
     }
 
 
@@ -53,6 +45,6 @@ def medians(name: str) -> dict[str, float]:
 if __name__ == "__main__":
     name = sys.argv[1] if len(sys.argv) > 1 else "vit_tiny_patch16_224"
     found = medians(name)
-    print(f"| {name} | to the bare backbone | to dense VPT |\n|---|---|---|")
+    print(f"| {name} | to the bare backbone | to VPT-deep |\n|---|---|---|")
     for form, time in found.items():
-        print(f"| {form} | {time / found['bare backbone']:.3f} | {time / found['dense VPT']:.3f} |")
+        print(f"| {form} | {time / found['bare backbone']:.3f} | {time / found['VPT-deep']:.3f} |")

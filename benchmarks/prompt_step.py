@@ -1,45 +1,50 @@
 """What a prompt costs, as ratios of medians of interleaved runs: `uv run python benchmarks/prompt_step.py [backbone ...]`.
 
 Training: one forward and backward pass of prompt and head, relative to the same pass with no prompt but the pixels' gradient.
-Inference: one forward pass, relative to the bare backbone with its head.
+Inference: one forward pass, relative to the same.
 """
 
 import statistics
 import sys
 import time
 
+import timm
 import torch
-from spikeprompt.pocket import pocket_names
+from torch import nn
 from torch.nn.functional import cross_entropy
 
-from spikeprompt.backbones import create_backbone
-from spikeprompt.prompts import Head, Prompt, PromptedModel, method_class
+from spikeprompt.backbones.pocket import pocket_names
+from spikeprompt.model import PromptedModel, get_prompted_model
+from spikeprompt.prompts.base import Prompt, PromptConfig, method_class, register_method
 
 METHODS, ROUNDS, BATCH = ["lor_vp", "lorsp", "smm", "vpt", "spike_nvpt"], 15, 64
 
 
-class Pixels(Prompt):
+class OffsetConfig(PromptConfig):
+    "Config of the offset."
+
+
+@register_method("offset")
+class Offset(Prompt):
     "One number added to every pixel: the cheapest prompt that needs the gradient of the pixels."
 
-    def __init__(self):
-        super().__init__()
-        self.offset = torch.nn.Parameter(torch.zeros(1))
+    config_class, label = OffsetConfig, "offset"
+
+    def __init__(self, config, backbone):
+        super().__init__(config, backbone)
+        self.offset = nn.Parameter(torch.zeros(1))
 
     def pixels(self, images):
         return images + self.offset
 
 
-def build(name: str, method: str | None) -> PromptedModel:
-    "A prompted model with an untrained head."
-    backbone = create_backbone(name)
-    D = backbone.num_features
-    head = Head(torch.zeros(D), torch.ones(D), torch.randn(10, D) / D**0.5, torch.zeros(10))
-    if method is None:
-        return PromptedModel(backbone, Pixels(), head)
-    cls = method_class(method)
-    prompt = cls(cls.config_class(), backbone)
-    prompt.start(torch.rand(BATCH, 3, *backbone.input_size), backbone)
-    return PromptedModel(backbone, prompt, head)
+def build(name: str, method: str) -> PromptedModel:
+    "A prompted model with a drawn head."
+    backbone = timm.create_model(name, pretrained=True).to(memory_format=torch.channels_last)
+    model = get_prompted_model(backbone, method_class(method).config_class(), num_classes=10)
+    model.calibrate(torch.rand(BATCH, 3, *model.backbone.input_size))
+    nn.init.normal_(model.head.linear.weight, std=model.backbone.num_features**-0.5)
+    return model
 
 
 def seconds(work) -> float:
@@ -50,14 +55,15 @@ def seconds(work) -> float:
 
 
 def ratios(name: str) -> dict[str, tuple[float, float]]:
-    "Training and inference time of each method relative to the reference, measured in turn."
+    "Training and inference time of each method relative to the offset, measured in turn."
     torch.manual_seed(0)
-    models = {method: build(name, method) for method in [None, *METHODS]}
-    images, labels = torch.rand(BATCH, 3, *models[None].backbone.input_size), torch.randint(10, (BATCH,))
+    models = {method: build(name, method) for method in ["offset", *METHODS]}
+    images, labels = torch.rand(BATCH, 3, *models["offset"].backbone.input_size), torch.randint(10, (BATCH,))
 
     def step(model):
         model.train().zero_grad(set_to_none=True)
-        cross_entropy(model(images), labels).backward()
+        logits, penalty = model(images, return_penalty=True)
+        (cross_entropy(logits, labels) + penalty).backward()
 
     @torch.inference_mode()
     def look(model):
@@ -69,7 +75,7 @@ def ratios(name: str) -> dict[str, tuple[float, float]]:
             times[method][0].append(seconds(lambda: step(model)))
             times[method][1].append(seconds(lambda: look(model)))
     medians = {method: [statistics.median(part[3:]) for part in parts] for method, parts in times.items()}
-    return {method: tuple(a / b for a, b in zip(medians[method], medians[None])) for method in METHODS}
+    return {method: tuple(a / b for a, b in zip(medians[method], medians["offset"])) for method in METHODS}
 
 
 if __name__ == "__main__":

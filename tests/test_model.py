@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 import spikeprompt
+from spikeprompt.backbones.loader import Backbone, create_backbone
 from spikeprompt.backbones.pocket import pocket_names
 from spikeprompt.baselines.lor_vp import LoRVPConfig
 from spikeprompt.baselines.vpt import VPTConfig
-from spikeprompt.config import ConfigError
+from spikeprompt.config import ConfigError, project_root
 from spikeprompt.methods.lorsp import LoRSPConfig
 from spikeprompt.methods.spike_nvpt import SpikeNVPTConfig
 from spikeprompt.model import PromptedModel, get_prompted_model
@@ -59,7 +61,7 @@ def test_the_snippet_runs_in_a_folder_that_is_not_the_checkout(tmp_path):
 
 @pytest.mark.parametrize("name", pocket_names)
 def test_timm_loads_the_packaged_weights(name, images):
-    packaged = spikeprompt.backbones.loader.create_backbone(name)
+    packaged = create_backbone(name)
     model = timm.create_model(name, pretrained=True, num_classes=7).eval()
     assert model(images).shape == (len(images), 7)
     headless = timm.create_model(name, pretrained=True).eval()
@@ -278,3 +280,36 @@ def test_saving_leaves_no_half_written_file(prompted, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("method, name", [("lorsp", "pocket_resnet"), ("spike_nvpt", "pocket_vit")])
+def test_a_model_with_a_penalty_can_be_copied_after_a_step(method, name, prompted, images):
+    model = prompted(name, method, rate_penalty=1.0).train()
+    logits, penalty = model(images, return_penalty=True)
+    (logits.sum() + penalty).backward()
+    assert penalty > 0
+    copy = deepcopy(model)
+    assert torch.equal(copy.eval()(images), model.eval()(images))
+
+
+def test_the_root_is_found_when_it_is_asked_for(tmp_path, monkeypatch):
+    (tmp_path / "project/nbs").mkdir(parents=True)
+    (tmp_path / "project/data.dvc").touch()
+    for folder, root in ("project", "project"), ("project/nbs", "project"), (".", "."):
+        monkeypatch.chdir(tmp_path / folder)
+        assert project_root() == (tmp_path / root).resolve()
+
+
+def test_an_attach_that_fails_leaves_nothing_behind():
+    class Refusing(Prompt):
+        "Cannot enter."
+
+        def attach(self, backbone):
+            raise RuntimeError("no room")
+
+    own = timm.create_model("pocket_resnet")
+    with pytest.raises(RuntimeError, match="no room"):
+        PromptedModel(Backbone(own), Refusing(PromptConfig(), None), nn.Identity())
+    assert "has_prompt" not in vars(own) and own.conv1[0].weight.requires_grad and own.training
+    with pytest.raises(ValueError, match="num_classes = 0: at least 1 is needed"):
+        get_prompted_model(own, LoRVPConfig(), 0)

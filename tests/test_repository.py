@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
@@ -19,16 +18,9 @@ from spikeprompt.training.runs import all_runs, parse_experiment
 
 ROOT = project_root()
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))
-STAGES = sorted((ROOT / "nbs/pipeline").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize("path", STAGES, ids=lambda path: path.stem)
-def test_a_stage_has_one_parameters_cell(path):
-    tagged = [cell for cell in nbformat.read(path, 4).cells if "parameters" in cell.metadata.get("tags", [])]
-    assert len(tagged) == 1 and tagged[0].cell_type == "code"
-
-
-def test_numbers_are_unique_and_no_module_imports_a_later_one():
+def test_no_module_imports_a_later_one():
     numbers = {path: int(path.stem.split("_")[0]) for path in NOTEBOOKS}
     assert len(set(numbers.values())) == len(numbers)
     exported = {}

@@ -43,7 +43,7 @@ def family(rng, spreads, backbones=5, seeds=3, images=40, image_spread=1.0, shar
     return {(m, reference): A[m] - A[reference] for reference in (0, 1) for m in range(reference + 1, methods)}
 
 
-def share_with_false_claims(families, rng, **kind):
+def count_false_claims(families, rng, **kind):
     "Families of null differences in which any is called significant."
     return sum(verdicts(family(rng, **kind)).verdict.str.startswith("significantly").any() for _ in range(families))
 
@@ -150,19 +150,19 @@ def test_a_noisy_method_keeps_its_own_variance():
 
 @pytest.mark.parametrize("spreads", SPREADS)
 def test_false_claims_at_three_seeds(spreads):
-    wrong = share_with_false_claims(300, np.random.default_rng(0), spreads=SPREADS[spreads], backbones=2)
+    wrong = count_false_claims(300, np.random.default_rng(0), spreads=SPREADS[spreads], backbones=2)
     assert holds(wrong, 300), f"{wrong} of 300 families"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("spreads", SPREADS)
 @pytest.mark.parametrize("backbones", [1, 2, 5])
-@pytest.mark.parametrize("image_spread", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("image_spread", [0.0, 1.0])
 @pytest.mark.parametrize("shared, uneven", [(0, 0), (0.5, 0), (0, 1), (0.5, 1)])
 def test_false_claims_at_three_seeds_whatever_the_variances(spreads, backbones, image_spread, shared, uneven):
     kind = {"spreads": SPREADS[spreads], "backbones": backbones, "image_spread": image_spread, "shared": shared, "uneven": uneven}
-    wrong = share_with_false_claims(1000, np.random.default_rng(2), **kind)
-    assert holds(wrong, 1000), f"{wrong} of 1000 families"
+    wrong = count_false_claims(500, np.random.default_rng(2), **kind)
+    assert holds(wrong, 500), f"{wrong} of 500 families"
 
 
 @pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])
