@@ -16,7 +16,7 @@ ROUNDS, BATCH = 41, 4
 
 
 def forms(name: str) -> dict[str, torch.nn.Module]:
-    "The same backbone bare, with dense tokens, and with Spike-NVPT's tokens in both forms."
+    "The same backbone without a prompt, with VPT's tokens, and with Spike-NVPT's tokens in both forms."
 
     def model(config):
         torch.manual_seed(0)

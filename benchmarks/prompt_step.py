@@ -1,6 +1,7 @@
 """What a prompt costs, as ratios of medians of interleaved runs: `uv run python benchmarks/prompt_step.py [backbone ...]`.
 
-Training: one forward and backward pass of prompt and head, relative to the same pass with no prompt but the pixels' gradient.
+Training: one forward and backward pass of prompt and head, relative to the same pass of the offset,
+the cheapest prompt that needs the pixels' gradient.
 Inference: one forward pass, relative to the same.
 """
 
@@ -39,7 +40,7 @@ class Offset(Prompt):
 
 
 def build(name: str, method: str) -> PromptedModel:
-    "A prompted model with a drawn head."
+    "A prompted model with a randomly initialised head."
     backbone = timm.create_model(name, pretrained=True).to(memory_format=torch.channels_last)
     model = get_prompted_model(backbone, method_class(method).config_class(), num_classes=10)
     model.calibrate(torch.rand(BATCH, 3, *model.backbone.input_size))

@@ -56,7 +56,9 @@ class Mark:
 
     def __init__(self, module: nn.Module):
         if "has_prompt" in vars(module):
-            raise ValueError(f"backbone {type(module).__name__}: a prompt is attached already; `unload` its PromptedModel first, or copy the backbone")
+            raise ValueError(
+                f"backbone {type(module).__name__}: a prompt is attached already; `unload` its PromptedModel first, or copy the backbone"
+            )
         self.module = module
         module.has_prompt = True
 
@@ -94,9 +96,14 @@ class PromptedModel(nn.Module):
         head: Head,
     ):
         super().__init__()
-        mark = Mark(backbone.model)
+        self._own_handles = [Mark(backbone.model), Freeze(backbone)]
+        try:
+            self._prompt_handles = prompt.attach(backbone)
+        except Exception:
+            for handle in reversed(self._own_handles):
+                handle.remove()
+            raise
         self.backbone, self.prompt, self.head = backbone, prompt, head
-        self._own_handles, self._prompt_handles = [mark, Freeze(backbone)], prompt.attach(backbone)
         self._prompted = self._loaded = True
 
     def features(
@@ -216,16 +223,17 @@ class PromptedModel(nn.Module):
         size = tuple(known["input_size"])
         if backbone is None:
             if known["name"] not in pocket_names:
-                raise ValueError(f"{folder}: its backbone is {known['name']}, which is not packaged: pass the model, e.g. timm.create_model")
+                raise ValueError(
+                    f"{folder}: its backbone is {known['name']}, which is not packaged: pass the model, e.g. timm.create_model"
+                )
             backbone = create_backbone(known["name"])
         if not isinstance(backbone, Backbone):
             described = {} if hasattr(backbone, "pretrained_cfg") else {"name": known["name"]}
             backbone = Backbone(backbone, tuple(known["mean"]), tuple(known["std"]), known["num_features"], size, **described)
         found = fingerprint(backbone)
         if found != known["fingerprint"]:
-            raise ValueError(
-                f"{folder}: trained on {known['name']} with fingerprint {known['fingerprint'][:12]}, not on this {backbone.name} with {found[:12]}"
-            )
+            expected = f"{known['name']} with fingerprint {known['fingerprint'][:12]}"
+            raise ValueError(f"{folder}: trained on {expected}, not on this {backbone.name} with {found[:12]}")
         kind = method_class(record["method"])
         prompt = kind(parse_config(kind.config_class, record["config"], f"{folder}: config"), backbone)
         part = lambda name: {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
@@ -330,6 +338,8 @@ def get_prompted_model(
     input_size: tuple[int, int] | None = None,  # (H, W); None: timm's, or (224, 224)
 ) -> PromptedModel:
     "Put a prompt and a head on a model; raises `ConfigError` for what does not fit, `ValueError` if a prompt is attached already."
+    if num_classes < 1:
+        raise ValueError(f"num_classes = {num_classes}: at least 1 is needed")
     backbone = model if isinstance(model, Backbone) else Backbone(model, mean, std, num_features, input_size)
     prompt = method_class(config)(config, backbone)
     device = next(backbone.model.parameters()).device

@@ -291,6 +291,7 @@ def pareto(
         layout="constrained",
         squeeze=False,
     )
+    right = 2 * runs.prompt_parameters.max() + 100
     for column, backbone in zip(axes.T, backbones):
         for ax, images in zip(column, shown):
             here = (
@@ -303,14 +304,12 @@ def pareto(
                 ax.errorbar(row["size"], row["mean"], bar, elinewidth=0.6, **styles[variant])
             front = here.sort_values(["size", "mean"], ascending=[True, False])[["size", "mean"]]
             front = front[front["mean"] > front["mean"].cummax().shift(fill_value=-np.inf)]
-            ax.step(
-                [*front["size"], 3 * here["size"].max()], [*front["mean"], front["mean"].iloc[-1]], where="post", color="0.75", zorder=0
-            )
+            ax.step([*front["size"], right], [*front["mean"], front["mean"].iloc[-1]], where="post", color="0.75", zorder=0)
             raw = runs[runs.backbone == "none"]
             if len(raw):
                 ax.axhline(raw[images].mean(), **{**styles[RAW_PIXELS], "marker": None}, zorder=0)
             ax.set_xscale("symlog", linthresh=100, linscale=0.5)
-            ax.set_xlim(left=-20)
+            ax.set_xlim(-20, right)  # shared: no panel may cut off another's points
         column[0].set_title(backbone)
         column[-1].set_xlabel("prompt parameters")
     for ax, images in zip(axes[:, 0], shown):

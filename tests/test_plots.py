@@ -115,6 +115,8 @@ def test_pareto_shows_each_backbone_at_its_own_size(scores):
         part = scores[(scores.backbone == scores.backbone.unique()[number]) & (scores.variant == "worse") & (scores.corruption == "clean")]
         clean = part[part.kind == "clean"].accuracy.mean()
         assert points(ax)[8000 * (1 + number)] == pytest.approx(100 * clean)
+        low, high = ax.get_xlim()
+        assert all(low < size < high for size in points(ax))
 
 
 def test_densities_of_pixels_and_of_bits_are_not_mixed(scores):

@@ -72,7 +72,8 @@ def test_no_stage_lists_a_module_and_the_run_cache_is_on():
         text = path.read_text()
         assert "spikeprompt/" not in re.sub(r"^#.*$", "", text, flags=re.M).replace("spikeprompt/weights", ""), path
         outs = re.findall(r"^ +outs:\n((?: +(?:- |cache).*\n)+)", text, re.M)
-        assert outs and not any("cache: false" in block for block in outs), path
+        if path.parent.name != "pretraining":  # whose weights are no output, and whose cards must not come back without them
+            assert outs and not any("cache: false" in block for block in outs), path
 
 
 @pytest.mark.parametrize("name", pocket_names)
