@@ -9,7 +9,7 @@ from copy import deepcopy
 import pytest
 
 from spikeprompt.config import ConfigError, project_root, read_params
-from spikeprompt.experiment import check_experiment, stage_record, write_stages
+from spikeprompt.experiment import NOTEBOOKS, check_experiment, stage_record, write_stages
 from spikeprompt.training.runs import parse_experiment, read_stage
 
 
@@ -180,3 +180,8 @@ def read_stripes(folder):
         assert stage_record(parse_experiment(params), "train", "mine")["code"] != before
     finally:
         METHODS.pop("mine", None), READERS.pop("stripes", None)
+
+
+def test_every_notebook_of_the_pipeline_belongs_to_a_stage():
+    named = [name for listed in NOTEBOOKS.values() for name in listed]
+    assert sorted(named) == sorted(path.stem for path in (project_root() / "nbs/pipeline").glob("*.ipynb"))

@@ -184,7 +184,7 @@ def test_a_wrong_value_stops_before_any_training(copy, groups, said):
 def test_a_method_added_by_a_notebook_appears_in_tables_and_figures(copy):
     folder, _ = copy
     readme = (folder / "README.md").read_text()
-    code = readme.split("```python\n#| default_exp methods.offset\n")[1].split("```")[0]  # the example that users copy
+    code = readme.split("```python\n#| default_exp methods.offset\n")[1].split("```")[0].strip()  # the example that users copy
     cells = ["#| default_exp methods.offset", *code.split("\n\n#| export\n")]
     from nbformat.v4 import new_code_cell, new_notebook, writes
 

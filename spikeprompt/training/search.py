@@ -10,14 +10,14 @@ from collections.abc import Callable
 
 import pandas as pd
 
-from .parallel import side_by_side
+from .parallel import run_parallel
 
 # %% ../../nbs/training/73_search.ipynb #c04
 def next_rates(
-    tried: dict[float, float],  # learning rate -> how well it validated
-    grid: list[float],  # all that may be tried, rising
-    first: list[float],  # of the grid, tried by everybody
-) -> list[float]:  # empty when the best is known
+    tried: dict[float, float],  # learning rate -> validation accuracy
+    grid: list[float],  # learning rates that may be tried, ascending
+    first: list[float],  # learning rates of the grid that every method tries first
+) -> list[float]:  # empty when the search has ended
     "The learning rates to try next."
     if not tried:
         return first
@@ -27,14 +27,14 @@ def next_rates(
 # %% ../../nbs/training/73_search.ipynb #c09
 def search(
     work: Callable,  # a run's arguments and a learning rate -> its validation accuracy in [0, 1]
-    groups: dict[str, list[tuple]],  # name -> the arguments of the runs that share a rate
+    groups: dict[str, list[tuple]],  # name -> the arguments of the runs that share a learning rate
     grid: list[float],
     first: list[float],
 ) -> pd.DataFrame:  # group, run, lr, val_accuracy; a row for each run
     "Try learning rates for all groups until each has tried its best one's neighbours."
     rows, tried = [], {group: {} for group in groups}
     while jobs := [(group, run, lr) for group, runs in groups.items() for lr in next_rates(tried[group], grid, first) for run in runs]:
-        for (group, run, lr), found in zip(jobs, side_by_side(work, [(*run, lr) for _, run, lr in jobs])):
+        for (group, run, lr), found in zip(jobs, run_parallel(work, [(*run, lr) for _, run, lr in jobs])):
             rows.append({"group": group, "run": run, "lr": lr, "val_accuracy": found})
         means = pd.DataFrame(rows).groupby(["group", "lr"], sort=False).val_accuracy.mean().round(6)  # ties are ties
         for group, lr in means.index:
