@@ -2,9 +2,12 @@
 
 from importlib import import_module
 
+from wrapt import register_post_import_hook
+
 __version__ = "0.1.0"
 
-from .backbones import pocket as _pocket  # noqa: F401  registers the pocket models with timm
+# timm knows the pocket models as soon as both packages are imported, in whatever order; timm alone takes seconds to import
+_hook = register_post_import_hook(lambda timm: import_module(f"{__name__}.backbones.pocket"), "timm")
 
 _EXPORTS = {
     "get_prompted_model": "model",
