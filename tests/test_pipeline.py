@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -185,7 +186,7 @@ def test_a_method_added_by_a_notebook_appears_in_tables_and_figures(copy):
     folder, _ = copy
     readme = (folder / "README.md").read_text()
     code = readme.split("```python\n#| default_exp methods.offset\n")[1].split("```")[0].strip()  # the example that users copy
-    cells = ["#| default_exp methods.offset", *code.split("\n\n#| export\n")]
+    cells = ["#| default_exp methods.offset", *filter(None, re.split(r"\s*#\| export\n", code))]
     from nbformat.v4 import new_code_cell, new_notebook, writes
 
     notebook = new_notebook(cells=[new_code_cell(cell if cell.startswith("#|") else f"#| export\n{cell}") for cell in cells])
