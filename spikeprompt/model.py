@@ -121,11 +121,26 @@ class PromptedModel(nn.Module):
         self.backbone, self.prompt, self.head = backbone, prompt, head
         self._prompted = self._loaded = True
 
+    def _check_loaded(self):
+        "Refuse to work on a backbone that was given back; raises `ValueError`."
+        if not self._loaded:
+            raise ValueError("the backbone of this model was unloaded; `get_prompted_model` makes another")
+
+    def _check(self, images: Tensor):
+        "Refuse images that do not fit; raises `ValueError`."
+        self._check_loaded()
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            kind = images.dtype if isinstance(images, Tensor) else type(images).__name__
+            raise ValueError(f"images are {kind}: a tensor of floats in [0, 1] is needed, e.g. images.float() / 255")
+        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.backbone.input_size):
+            raise ValueError(f"images are {list(images.shape)}: [B, 3, {', '.join(map(str, self.backbone.input_size))}] is needed")
+
     def features(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:  # [B, D]
-        "Backbone features of the prompted images."
+        "Backbone features of the prompted images; raises `ValueError` for images of another type or shape."
+        self._check(images)
         return self.backbone(self.prompt.pixels(images) if self._prompted else images)
 
     def forward(
@@ -134,12 +149,7 @@ class PromptedModel(nn.Module):
         return_penalty: bool = False,  # also return what training adds to the loss
     ) -> Tensor | tuple[Tensor, Tensor | float]:  # logits [B, num_classes]; penalty
         "Logits of the prompted images; raises `ValueError` for images of another type or shape."
-        if not images.is_floating_point():
-            raise ValueError(f"images are {images.dtype}: floats in [0, 1] are needed, e.g. images.float() / 255")
-        if images.dim() != 4 or tuple(images.shape[1:]) != (3, *self.backbone.input_size):
-            raise ValueError(f"images are {list(images.shape)}: [B, 3, {', '.join(map(str, self.backbone.input_size))}] is needed")
-        if not self._loaded:
-            raise ValueError("the backbone of this model was unloaded; `get_prompted_model` makes another")
+        self._check(images)
         prompted, penalty = self.prompt(images) if self._prompted else (images, 0.0)
         logits = self.head(self.backbone(prompted))
         return (logits, penalty) if return_penalty else logits
@@ -149,7 +159,10 @@ class PromptedModel(nn.Module):
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1], some training images
     ):
-        "Set data-dependent values (thresholds, token scales) once, before training."
+        "Set data-dependent values (thresholds, token scales) once, before training; raises `ValueError` for images that do not fit."
+        self._check(images)
+        if not len(images):
+            raise ValueError("images are none: some training images are needed")
         with self.disable_adapter():
             self.prompt.calibrate(images, self.backbone)
 
@@ -172,14 +185,17 @@ class PromptedModel(nn.Module):
 
     @contextmanager
     def disable_adapter(self):
-        "Run the bare backbone and the same head inside a `with` block."
-        for handle in self._prompt_handles:
+        "Run the bare backbone and the same head inside a `with` block, which may be nested."
+        self._check_loaded()
+        prompted, handles = self._prompted, self._prompt_handles
+        self._prompted, self._prompt_handles = False, []
+        for handle in handles:
             handle.remove()
-        self._prompt_handles, self._prompted = [], False
         try:
             yield
         finally:
-            self._prompt_handles, self._prompted = self.prompt.attach(self.backbone), True
+            if prompted and self._loaded:  # the outermost block, unless the backbone was unloaded inside it
+                self._prompted, self._prompt_handles = True, self.prompt.attach(self.backbone)
 
     def unload(self) -> nn.Module:  # the caller's model
         "Remove the prompt and return the backbone's model as it was before."
@@ -312,12 +328,13 @@ def merge(
     name, deep = prompt.label, isinstance(prompt, TokenPrompt) and prompt.padding is None and prompt.config.depth == "deep"
     pattern, unprompted = prompt.pattern(), type(prompt).pixels is Prompt.pixels and not isinstance(prompt, TokenPrompt)
     instead = "; `save_pretrained` keeps it as an adapter, torch.export as a graph"
+    model._check_loaded()
     if not backbone.is_timm:
         raise ValueError(f"{backbone.name} is not a timm model, so nothing can be merged into it{instead}")
     if isinstance(prompt, TokenPrompt) and not deep:
         raise ValueError(f"{name} as shallow tokens or padding has no place in a timm model{instead}")
     if pattern is None and not deep and not unprompted:
-        raise ValueError(f"{name} makes another prompt for each image, which cannot be merged{instead}")
+        raise ValueError(f"{name} has no `pattern` that all images share, so it cannot be merged{instead}")
     model.eval()
     with model.disable_adapter():  # or the copy would carry the hooks
         merged = deepcopy(backbone.model)
@@ -357,9 +374,13 @@ def get_prompted_model(
     input_size: tuple[int, int] | None = None,  # (H, W); None: timm's, or (224, 224)
 ) -> PromptedModel:
     "Put a prompt and a head on a model; raises `ConfigError` for what does not fit, `ValueError` if a prompt is attached already."
+    if not isinstance(model, nn.Module) or isinstance(model, PromptedModel):
+        raise ValueError(f"model is a {type(model).__name__}: a bare nn.Module is needed, e.g. timm.create_model or what `unload` returns")
+    if not isinstance(config, Config):
+        raise ValueError(f"config = {config!r}: an instance of a method's config is needed, e.g. LoRSPConfig()")
     if num_classes < 1:
         raise ValueError(f"num_classes = {num_classes}: at least 1 is needed")
     backbone = model if isinstance(model, Backbone) else Backbone(model, mean, std, num_features, input_size)
     prompt = method_class(config)(config, backbone)
-    device = next(backbone.model.parameters()).device
+    device = next((p.device for p in backbone.model.parameters()), torch.device("cpu"))
     return PromptedModel(backbone, prompt, Head(backbone.num_features, num_classes)).to(device)

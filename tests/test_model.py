@@ -247,7 +247,7 @@ def test_a_merged_model_is_timms_and_gives_the_same_logits(name, method, images)
 @pytest.mark.parametrize(
     "config, reason",
     [
-        (LoRSPConfig(), "LoRSP makes another prompt for each image"),
+        (LoRSPConfig(), "LoRSP has no `pattern` that all images share"),
         (SpikeNVPTConfig(depth="shallow"), "shallow tokens or padding"),
         (SpikeNVPTConfig(placement="padding"), "shallow tokens or padding"),
     ],
@@ -313,3 +313,57 @@ def test_an_attach_that_fails_leaves_nothing_behind():
     assert "has_prompt" not in vars(own) and own.conv1[0].weight.requires_grad and own.training
     with pytest.raises(ValueError, match="num_classes = 0: at least 1 is needed"):
         get_prompted_model(own, LoRVPConfig(), 0)
+
+
+def test_blocks_without_the_adapter_nest_and_never_touch_an_unloaded_backbone(prompted, images):
+    model = prompted("pocket_vit", "spike_nvpt").eval()
+    expected, backbone = model(images), model.backbone.model
+    hooks = lambda: sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.modules())
+    attached = hooks()
+    with model.disable_adapter():
+        with model.disable_adapter():
+            assert hooks() == 0
+        assert hooks() == 0 and not torch.equal(model(images), expected)
+    assert hooks() == attached and torch.equal(model(images), expected)
+    with model.disable_adapter():
+        model.unload()
+    assert hooks() == 0
+    for use in (
+        lambda: model.calibrate(images),
+        lambda: model.features(images),
+        model.merge_and_unload,
+        lambda: model.disable_adapter().__enter__(),
+    ):
+        with pytest.raises(ValueError, match="was unloaded"):
+            use()
+    assert hooks() == 0
+
+
+def test_what_is_no_model_no_config_or_no_image_is_said_in_one_line(images):
+    backbone = timm.create_model("pocket_resnet", pretrained=True)
+    model = get_prompted_model(nn.Flatten(), LoRVPConfig(), 3, (0.5,) * 3, (0.5,) * 3, 3072, (32, 32))
+    assert model(images).shape == (len(images), 3)
+    for wrong, message in [
+        (lambda: get_prompted_model("pocket_vit", LoRVPConfig(), 3), "model is a str: a bare nn.Module is needed"),
+        (lambda: get_prompted_model(model, LoRVPConfig(), 3), "model is a PromptedModel"),
+        (lambda: get_prompted_model(backbone, "lor_vp", 3), "config = 'lor_vp': an instance of a method's config is needed"),
+        (lambda: get_prompted_model(backbone, LoRVPConfig, 3), "an instance of a method's config is needed"),
+        (
+            lambda: get_prompted_model(backbone, LoRVPConfig(), 3, input_size=(3, 32, 32)),
+            r"input_size = \(3, 32, 32\): a tuple of 2 numbers",
+        ),
+        (lambda: get_prompted_model(backbone, LoRVPConfig(), 3, mean=0.5), "mean = 0.5: a tuple of 3 numbers is needed"),
+        (lambda: model.calibrate(images[:0]), "images are none"),
+        (lambda: model.calibrate((255 * images).byte()), "images are torch.uint8"),
+        (lambda: model(images.numpy()), "images are ndarray"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_a_registered_name_is_not_taken_away():
+    class Other(Prompt):
+        "Another method."
+
+    with pytest.raises(ConfigError, match="method 'lorsp': LoRSP has this name; .*Other needs another"):
+        register_method("lorsp")(Other)

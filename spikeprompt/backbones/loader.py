@@ -37,6 +37,9 @@ class Backbone(nn.Module):
     ):
         super().__init__()
         self.is_timm = all(hasattr(model, part) for part in ("pretrained_cfg", "forward_features", "forward_head"))
+        for key, values, count in ("mean", mean, 3), ("std", std, 3), ("input_size", input_size, 2):
+            if values is not None and (not isinstance(values, tuple | list) or len(values) != count):
+                raise ConfigError(f"{key} = {values!r}: a tuple of {count} numbers is needed")
         if not self.is_timm and None in (mean, std, num_features):
             raise ConfigError(f"backbone {type(model).__name__}: not a timm model, so mean=, std= and num_features= are needed")
         known = resolve_model_data_config(model) if self.is_timm else {"input_size": (3, 224, 224), "interpolation": "bilinear"}

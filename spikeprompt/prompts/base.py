@@ -119,6 +119,9 @@ def register_method(
     "Make a `Prompt` available by name and by the type of its config; raises `ConfigError` for a config that another method has."
 
     def register(cls: type[Prompt]) -> type[Prompt]:
+        taken = METHODS.get(name, cls)
+        if taken.__qualname__ != cls.__qualname__:  # a notebook that runs again registers its own class anew
+            raise ConfigError(f"method {name!r}: {taken.__qualname__} has this name; {cls.__qualname__} needs another")
         for other, known in METHODS.items():
             if other != name and known.config_class is cls.config_class:
                 raise ConfigError(f"method {name!r}: {cls.config_class.__name__} is the config of {other!r}; a class of its own is needed")
