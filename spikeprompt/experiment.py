@@ -21,7 +21,7 @@ from .prompts.base import method_class
 from .robustness.attacks import attack_conditions
 from .robustness.corruptions import conditions
 from .robustness.faults import fault_conditions
-from .training.runs import parse_experiment
+from .stages import parse_experiment
 
 
 # %% ../nbs/94_experiment.ipynb #c04

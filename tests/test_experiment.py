@@ -10,7 +10,7 @@ import pytest
 
 from spikeprompt.config import ConfigError, project_root, read_params
 from spikeprompt.experiment import NOTEBOOKS, check_experiment, stage_record, write_stages
-from spikeprompt.training.runs import parse_experiment, read_stage
+from spikeprompt.stages import parse_experiment, read_stage
 
 
 def changed(path, value):
@@ -92,9 +92,9 @@ EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", '"Config of LoRSP."', '"The config of LoRSP, explained anew."', set()),
     ("methods/lorsp.py", 'Field(0.1, gt=0, description="α', 'Field(0.2, gt=0, description="α', {"train-lorsp", "evaluate"}),
     ("training/loop.py", "# a bar in a terminal", "# a progress bar in a terminal", set()),
-    ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt", "evaluate"}),
+    ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt"}),
     ("evaluation/energy.py", '"fp32_mul": 3.7', '"fp32_mul": 3.8', {"evaluate"}),
-    ("robustness/corruptions.py", "0.299", "0.3", {"evaluate"}),
+    ("robustness/corruptions.py", "0.299", "0.3", {"evaluate", "prepare"}),
     ("plots.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
 ]
 CODE = """
@@ -106,6 +106,7 @@ stages = {
     "train-lorsp": ("nbs/pipeline/102_train.ipynb", "spikeprompt.methods.lorsp"),
     "train-vpt": ("nbs/pipeline/102_train.ipynb", "spikeprompt.baselines.vpt"),
     "evaluate": ("nbs/pipeline/103_evaluate.ipynb",),
+    "prepare": ("nbs/pipeline/100_prepare.ipynb",),
 }
 checksums = lambda: {stage: code_checksum(*sources) for stage, sources in stages.items()}
 before, found = checksums(), []

@@ -131,7 +131,7 @@ def test_prose_and_docstrings_make_nothing_stale_and_a_constant_the_right_stages
         notebook.write_text(cells.replace("# Train one method", "# How one method is trained"))
         assert loop.read_text() != code and notebook.read_text() != cells and stale() == set()
         loop.write_text(code.replace("[:256]", "[:128]"))
-        assert {"train", "evaluate"} <= stale()
+        assert stale() == {"train"}  # and what is made of it, once it has run
     finally:
         loop.write_text(code), notebook.write_text(cells)
     assert stale() == set()
@@ -203,3 +203,16 @@ def test_a_method_added_by_a_notebook_appears_in_tables_and_figures(copy):
     assert "Running stage 'train@offset'" in done.stdout and "Running stage 'train@lorsp'" not in done.stdout
     assert "Offset" in set(pd.read_csv(folder / "results/verdicts.csv").variant)
     assert "Offset" in (folder / "results/report.ipynb").read_text()
+
+
+def test_the_tuning_experiment_writes_what_it_tried(copy):
+    folder, _ = copy
+    tuned = {"methods": {"linear_probe": None, "lor_vp": None, "vpt": None}, "train": {**TINY["train"], "seeds": [7]}}
+    (folder / "experiments/tuning/params.yaml").write_text(yaml.safe_dump({**TINY, **tuned, "tune": {"grid": [0.01, 0.1], "first": [0.1]}}))
+    done = call(folder, "dvc", "repro", "experiments/tuning/dvc.yaml")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    tried = {name: (folder / f"experiments/tuning/results/{name}.csv").read_text() for name in tuned["methods"]}
+    assert tried["linear_probe"].count("\n") == 1  # it has no learning rate of its own
+    for name in "lor_vp", "vpt":
+        table = pd.read_csv(folder / f"experiments/tuning/results/{name}.csv")
+        assert set(table.lr) == {0.01, 0.1} and set(table.seed) == {7} and table.val_accuracy.between(0, 1).all()

@@ -14,7 +14,7 @@ from spikeprompt.config import project_root, read_params
 from spikeprompt.evaluation.scores import read_scores
 from spikeprompt.evaluation.statistics import compare, pairs, sentence
 from spikeprompt.prompts.base import method_class
-from spikeprompt.training.runs import all_runs, parse_experiment
+from spikeprompt.stages import all_runs, parse_experiment
 
 ROOT = project_root()
 NOTEBOOKS = sorted((ROOT / "nbs").rglob("*.ipynb"))

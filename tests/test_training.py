@@ -11,9 +11,10 @@ from spikeprompt.config import BackbonesConfig, DatasetConfig, ExperimentConfig,
 from spikeprompt.datasets import read_dataset, save_dataset
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import METHODS, Prompt, PromptConfig, method_class, packaged_methods
+from spikeprompt.stages import run_folder
 from spikeprompt.training.head import accuracy, linear_probe, outputs
 from spikeprompt.training.loop import train
-from spikeprompt.training.runs import run_folder, train_run, training_images
+from spikeprompt.training.runs import train_run, training_images
 
 packaged_methods()
 

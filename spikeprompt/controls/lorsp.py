@@ -8,6 +8,7 @@ __all__ = [
     "LoRSPNoCarry",
     "LoRSPPermutedConfig",
     "LoRSPPermuted",
+    "LoRSPMaskConfig",
     "LoRSPRandomMaskConfig",
     "LoRSPRandomMask",
     "LoRSPMagnitudeMaskConfig",
@@ -73,12 +74,17 @@ def _num_kept(
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c16
-class LoRSPRandomMaskConfig(LoRSPConfig):
+class LoRSPMaskConfig(LoRSPConfig):
+    "Base of the configs of masks, which have no thresholds and keep a share of the entries."
+
+    learn_thresholds: Literal[False] = Field(False, description="there are no thresholds")
+    rate_penalty: float = Field(0.0, ge=0, le=0, description="the rate cannot change")
+
+
+class LoRSPRandomMaskConfig(LoRSPMaskConfig):
     "Config of LoRSP that a fixed mask allows."
 
     variant: Literal["static"] = Field("static", description="the mask does not depend on the image")
-    learn_thresholds: Literal[False] = Field(False, description="there are no thresholds")
-    rate_penalty: float = Field(0.0, ge=0, le=0, description="the rate cannot change")
 
 
 @register_method("lorsp_random_mask")
@@ -99,12 +105,10 @@ class LoRSPRandomMask(LoRSP):
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c18
-class LoRSPMagnitudeMaskConfig(LoRSPConfig):
+class LoRSPMagnitudeMaskConfig(LoRSPMaskConfig):
     "Config of LoRSP that a sort of rows and columns allows."
 
     variant: Literal["factor", "binary", "static"] = Field("factor", description="what the mask gates")
-    learn_thresholds: Literal[False] = Field(False, description="each image has its own")
-    rate_penalty: float = Field(0.0, ge=0, le=0, description="the rate cannot change")
 
 
 @register_method("lorsp_magnitude_mask")

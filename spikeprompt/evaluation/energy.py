@@ -305,10 +305,11 @@ def footprint(
     finally:
         frozen.remove()
     others = [tensor for part in (model.backbone, model.head) for tensor in (*part.parameters(), *part.buffers())]
+    stored = deployed_bytes(prompt)
     row = {
         "prompt_parameters": num_parameters(prompt),
-        "deployed_bytes": deployed_bytes(prompt),
-        "system_bytes": deployed_bytes(prompt) + sum(tensor.numel() * tensor.element_size() for tensor in others),
+        "deployed_bytes": stored,
+        "system_bytes": stored + sum(tensor.numel() * tensor.element_size() for tensor in others),
         "connection_sparsity": _connection_sparsity(prompt, measures),
         "activation_sparsity": 1 - measures["firing_rate"] if cost["membrane_updates"] else nan,
         "backbone_macs": backbone_macs,
@@ -343,8 +344,7 @@ def non_spiking_counterparts(
         raise ValueError(f"variant {prompt.config.variant!r}: counterparts are defined for 'factor'")
     K, spikes = prompt.config.rank, prompt.spikes(images)  # [K, B, 3, H], [K, B, 3, W]
     num_bits = K.bit_length()  # ⌈log2(K + 1)⌉
-    rows, columns = (s.sum(-1) for s in spikes)  # [K, B, 3]
-    pairs = (rows * columns).sum((0, 2)).mean().item()
+    pairs = _pairs(spikes)
     active_rows, active_columns = (s.any(0).sum(-1).float() for s in spikes)  # [B, 3]
     active_pairs = (active_rows * active_columns).sum(-1).mean().item()
     active = (active_rows + active_columns).sum(-1).mean().item()

@@ -9,7 +9,6 @@ __all__ = ["METHODS", "PromptConfig", "Prompt", "num_parameters", "register_meth
 import importlib
 import pkgutil
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 

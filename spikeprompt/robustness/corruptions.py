@@ -33,6 +33,7 @@ __all__ = [
     "pixelate",
     "jpeg_compression",
     "conditions",
+    "condition_key",
     "corrupt",
 ]
 
@@ -372,6 +373,15 @@ def conditions(
     if len(found) == 1:
         raise ConfigError("robustness.sigmas and robustness.corruptions are both empty: at least one corruption is needed")
     return found
+
+
+# %% ../../nbs/robustness/80_corruptions.ipynb #c-key
+def condition_key(
+    corruption: str,
+    severity: float,
+) -> str:  # name of its images in a prepared file
+    "One condition as text."
+    return f"{corruption} {severity:g}"
 
 
 # %% ../../nbs/robustness/80_corruptions.ipynb #c35
