@@ -375,7 +375,7 @@ def conditions(
     return found
 
 
-# %% ../../nbs/robustness/80_corruptions.ipynb #c-key
+# %% ../../nbs/robustness/80_corruptions.ipynb #c34
 def condition_key(
     corruption: str,
     severity: float,
@@ -384,7 +384,7 @@ def condition_key(
     return f"{corruption} {severity:g}"
 
 
-# %% ../../nbs/robustness/80_corruptions.ipynb #c35
+# %% ../../nbs/robustness/80_corruptions.ipynb #c36
 def corrupt(
     images: Tensor,  # uint8 [N, C, H, W], C is 1 or 3
     corruption: str,  # a name of `CORRUPTIONS`, `gaussian`, or `clean`
