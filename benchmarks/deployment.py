@@ -10,7 +10,7 @@ import timm
 import torch
 from prompt_step import seconds
 
-from spikeprompt import LinearProbeConfig, SpikeNVPTConfig, VPTConfig, get_prompted_model
+from spikeprompt import NoPromptConfig, SpikeNVPTConfig, VPTConfig, get_prompted_model
 
 ROUNDS, BATCH = 41, 4
 
@@ -23,7 +23,7 @@ def forms(name: str) -> dict[str, torch.nn.Module]:
         return get_prompted_model(timm.create_model(name), config, num_classes=10).eval()
 
     return {
-        "bare backbone": model(LinearProbeConfig()),
+        "bare backbone": model(NoPromptConfig()),
         "VPT-deep": model(VPTConfig()),
         "Spike-NVPT": model(SpikeNVPTConfig()),
         "Spike-NVPT, merged: prefix keys and values": model(SpikeNVPTConfig()).merge_and_unload(),

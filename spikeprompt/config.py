@@ -18,6 +18,7 @@ __all__ = [
     "TrainConfig",
     "RobustnessConfig",
     "TuneConfig",
+    "TunedConfig",
     "ExperimentConfig",
     "read_params",
 ]
@@ -125,7 +126,7 @@ class BackbonesConfig(Config):
 class DatasetConfig(Config):
     "Folder and split sizes of one dataset."
 
-    folder: str = Field("", description="folder of its files, relative to the project or absolute; empty: shipped with a library")
+    folder: str = Field("", description="folder of its files, relative to the project or absolute; empty: made by code")
     n_train: int = Field(2000, ge=10, description="training images")
     n_val: int = Field(1000, ge=10, description="validation images, held out of the training part")
     n_test: int = Field(1000, ge=10, description="test images")
@@ -133,17 +134,19 @@ class DatasetConfig(Config):
 
 # %% ../nbs/00_config.ipynb #c23
 class TrainConfig(Config):
-    "Training settings that all methods share: images, steps, schedule and head."
+    "Training settings that all methods share: protocol, images, steps, schedule and head."
 
+    mappings: OneOrMore[Literal["label", "linear"]] = Field(
+        ["label", "linear"], description="protocols: one backbone class for each label, or a linear head that is trained with the prompt"
+    )
     seeds: OneOrMore[NonNegativeInt] = Field([0, 1, 2], description="one run each: split, initialisation and order of the images")
-    epochs: int = Field(8, ge=1, description="passes over the training images")
+    epochs: int = Field(20, ge=1, description="passes over the training images; the end of the last one is kept")
     batch_size: int = Field(64, ge=2, description="images a step")
     head_lr: float = Field(0.001, gt=0, description="peak learning rate of the linear head")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the head's weights")
     head_c: OneOrMore[PositiveFloat] = Field(
-        [0.001, 0.01, 0.1, 1.0], description="inverse L2 strengths of the initial head; the best on validation images is used"
+        [0.001, 0.01, 0.1], description="inverse L2 strengths of the first and the last head; the best on validation images is used"
     )
-    keep: Literal["best", "last"] = Field("best", description="epoch that is kept: the one with the best validation accuracy, or the last")
     mixed_precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="fp32, or Accelerate's mixed precision")
 
 
@@ -165,13 +168,27 @@ class RobustnessConfig(Config):
 
 # %% ../nbs/00_config.ipynb #c25
 class TuneConfig(Config):
-    "Grid and starting points of the learning-rate search."
+    "Search of hyper-parameters: the same number of trials of one sampler for every variant, backbone and protocol."
 
-    grid: OneOrMore[PositiveFloat] = Field([0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0], description="rates that may be tried, ascending")
-    first: OneOrMore[PositiveFloat] = Field([0.01, 0.1], description="learning rates of the grid that every method tries first")
+    trials: int = Field(12, ge=1, description="trials of each variant on each backbone under each protocol")
+    seed: int = Field(0, ge=0, description="seed of the sampler")
+    space: dict[str, dict[str, Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]]] = Field(
+        {}, description="method: {setting: [lowest, highest value]}, sampled on a logarithmic scale"
+    )
 
 
-# %% ../nbs/00_config.ipynb #c27
+# %% ../nbs/00_config.ipynb #c26
+class TunedConfig(Config):
+    "Hyper-parameters that an earlier search found; they take the place of the methods' own."
+
+    folder: str = Field("", description="folder of the search's tables, relative to the project or absolute; empty: nothing was tuned")
+    like: dict[str, str] = Field({}, description="variant: the variant whose values it takes, e.g. a control")
+    values: dict[str, dict[str, dict[str, dict[str, float]]]] = Field(
+        {}, description="mapping: {backbone: {variant: {setting: value}}}, filled in from the tables by the first stage"
+    )
+
+
+# %% ../nbs/00_config.ipynb #c28
 class ExperimentConfig(Config):
     "Configuration of one experiment."
 
@@ -181,6 +198,7 @@ class ExperimentConfig(Config):
     train: TrainConfig = TrainConfig()
     robustness: RobustnessConfig = RobustnessConfig()
     tune: TuneConfig = TuneConfig()
+    tuned: TunedConfig = TunedConfig()
     methods: dict[str, dict[Annotated[str, Field(pattern=r"^\w[\w .,+-]*$")], SerializeAsAny[Config]]] = Field(
         description="method: {variant, as tables and figures name it: config}"
     )
@@ -206,7 +224,7 @@ class ExperimentConfig(Config):
         return found
 
 
-# %% ../nbs/00_config.ipynb #c29
+# %% ../nbs/00_config.ipynb #c30
 def read_params(
     path: str | Path = "params.yaml",  # relative to the project, or absolute
 ) -> dict:  # group -> values, unchecked

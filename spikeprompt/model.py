@@ -35,7 +35,7 @@ from . import __version__
 from .backbones.loader import Backbone, Freeze, create_backbone, fingerprint
 from .backbones.pocket import pocket_names
 from .config import Config, parse_config
-from .prompts.base import Prompt, method_class, num_parameters
+from .prompts.base import Prompt, create_prompt, method_class, num_parameters
 from .prompts.tokens import TokenPrompt, attach_prefix
 
 
@@ -170,7 +170,7 @@ class PromptedModel(nn.Module):
         "Trainable parameters of prompt and head, and all that there are."
         return {
             "prompt": num_parameters(self.prompt),
-            "head": sum(p.numel() for p in self.head.parameters()),
+            "head": num_parameters(self.head),
             "all": sum(p.numel() for p in self.parameters()),
         }
 
@@ -266,7 +266,7 @@ class PromptedModel(nn.Module):
             expected = f"{known['name']} with fingerprint {known['fingerprint'][:12]}"
             raise ValueError(f"{folder}: trained on {expected}, not on this {backbone.name} with {found[:12]}")
         kind = method_class(record["method"])
-        prompt = kind(parse_config(kind.config_class, record["config"], f"{folder}: config"), backbone)
+        prompt = create_prompt(parse_config(kind.config_class, record["config"], f"{folder}: config"), backbone)
         part = lambda name: {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         head = Head(backbone.num_features, record["num_classes"])
         try:
@@ -339,6 +339,7 @@ def merge(
     with model.disable_adapter():  # or the copy would carry the hooks
         merged = deepcopy(backbone.model)
     del merged.has_prompt
+    merged.load_state_dict(prompt.weights(), strict=False)
     merge_head(merged, model.head)
     mean = backbone.mean
     if deep:
@@ -381,6 +382,6 @@ def get_prompted_model(
     if num_classes < 1:
         raise ValueError(f"num_classes = {num_classes}: at least 1 is needed")
     backbone = model if isinstance(model, Backbone) else Backbone(model, mean, std, num_features, input_size)
-    prompt = method_class(config)(config, backbone)
+    prompt = create_prompt(config, backbone)
     device = next((p.device for p in backbone.model.parameters()), torch.device("cpu"))
     return PromptedModel(backbone, prompt, Head(backbone.num_features, num_classes)).to(device)

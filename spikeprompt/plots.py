@@ -6,7 +6,6 @@
 __all__ = [
     "COLUMN",
     "PAGE",
-    "REFERENCE",
     "RAW_PIXELS",
     "SCOUR",
     "style",
@@ -15,13 +14,17 @@ __all__ = [
     "save_figure",
     "alt_text",
     "show_table",
+    "headroom_plot",
     "intervals",
     "robustness_curves",
+    "of_placement",
     "severity_curves",
     "difference_map",
     "pareto",
+    "tradeoff",
     "density_gains",
     "accuracy_map",
+    "convergence",
     "prompt_cell",
     "gallery",
     "draw_prompt",
@@ -45,8 +48,8 @@ from scour.scour import parse_args, scourString
 from torch import Tensor
 
 from .baselines.smm import SMM
-from .evaluation.scores import per_run
-from .evaluation.statistics import BETTER, WORSE, two_level_bootstrap
+from .evaluation.scores import CONTROL, REFERENCE, per_run
+from .evaluation.statistics import BETTER, WORSE, two_level_bootstrap, variant_names
 from .methods.lorsp import LoRSP
 from .prompts.base import Prompt
 from .prompts.tokens import TokenPrompt
@@ -71,16 +74,17 @@ def style():
 
 
 # %% ../nbs/95_plots.ipynb #c07
-REFERENCE, RAW_PIXELS = "linear probe", "raw pixels"
+RAW_PIXELS = "raw pixels"
 
 
 def variant_styles(
     variants: Sequence[str],  # in the order of params.yaml, with repetitions
-) -> dict[str, dict]:  # variant -> matplotlib's color, marker and linestyle, the linear probe first
+) -> dict[str, dict]:  # variant -> matplotlib's color, marker and linestyle, no prompt first
     "Colour, marker and line style of each variant, the same in every figure."
     palette = [color for number, color in enumerate(sns.color_palette("colorblind")) if number not in (7, 8)]
     fixed = {
         REFERENCE: {"color": "0.35", "marker": "x", "linestyle": "-"},
+        CONTROL: {"color": "0.1", "marker": "8", "fillstyle": "none", "linestyle": "--"},
         RAW_PIXELS: {"color": "0.55", "marker": "+", "linestyle": ":"},
     }
     present = list(dict.fromkeys(variants))
@@ -93,19 +97,27 @@ def variant_styles(
 
 
 # %% ../nbs/95_plots.ipynb #c08
+def _legend(figure: plt.Figure, styles: dict[str, dict], columns: int = 6):
+    "One legend above all panels."
+    keys = [plt.Line2D([], [], label=variant, **look) for variant, look in styles.items()]
+    figure.legend(handles=keys, loc="outside upper center", ncols=min(len(keys), columns))
+
+
+# %% ../nbs/95_plots.ipynb #c09
 _READABLE = {"fashion_mnist": "Fashion-MNIST", FREE_GAUSSIAN: "Gaussian noise", "fgsm": "FGSM", "pgd": "PGD", "square": "Square attack"}
 _READABLE |= {"jpeg_compression": "JPEG compression", "fault: quantise": "quantised prompt"}
+_READABLE |= {"label": "label mapping", "linear": "linear head", "val_accuracy": "validation accuracy"}
 _READABLE |= {"fault: gaussian": "noise on the prompt", "fault: bit_flips": "flipped bits"}
 
 
 def readable(
-    name: str,  # of a dataset, a corruption, an attack, or `fault: <name>`
+    name: str,  # of a mapping, a dataset, a corruption, an attack, or `fault: <name>`
 ) -> str:
-    "The display name of a dataset, condition or fault."
+    "The display name of a mapping, dataset, condition or fault."
     return _READABLE.get(name, name.replace("_", " "))
 
 
-# %% ../nbs/95_plots.ipynb #c11
+# %% ../nbs/95_plots.ipynb #c12
 SCOUR = parse_args(["--enable-id-stripping", "--enable-comment-stripping", "--remove-metadata", "--no-line-breaks"])
 
 
@@ -137,7 +149,7 @@ def alt_text(
     return unescape(found[1])
 
 
-# %% ../nbs/95_plots.ipynb #c12
+# %% ../nbs/95_plots.ipynb #c13
 def show_table(
     table: pd.DataFrame,
     **options,  # of pandas' `to_markdown`
@@ -146,9 +158,51 @@ def show_table(
     display(Markdown(table.to_markdown(**options)))
 
 
-# %% ../nbs/95_plots.ipynb #c16
+# %% ../nbs/95_plots.ipynb #c17
+def headroom_plot(
+    table: pd.DataFrame,  # from `headroom`
+) -> plt.Figure:
+    "Clean accuracy of no prompt, the best dense prompt and full fine-tuning on each backbone, a panel for each mapping and dataset."
+    styles = {
+        REFERENCE: ("no_prompt", variant_styles([REFERENCE])[REFERENCE]),
+        "best dense prompt": ("dense", {"color": sns.color_palette("colorblind")[0], "marker": "o"}),
+        CONTROL: ("full_finetuning", variant_styles([CONTROL])[CONTROL]),
+    }
+    shown = {label: (column, look | {"linestyle": "none"}) for label, (column, look) in styles.items() if table[column].notna().any()}
+    mappings, datasets, backbones = (list(table[name].unique()) for name in ("mapping", "dataset", "backbone"))
+    figure, axes = plt.subplots(
+        len(mappings),
+        len(datasets),
+        figsize=(max(COLUMN, PAGE * len(datasets) / 3), 0.5 + len(mappings) * (0.5 + 0.15 * len(backbones))),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+    )
+    for row, mapping in zip(axes, mappings):
+        for ax, dataset in zip(row, datasets):
+            for cell in table[(table.mapping == mapping) & (table.dataset == dataset)].itertuples():
+                alpha, y = (1.0 if cell.counts else 0.3), backbones.index(cell.backbone)
+                values = pd.Series([getattr(cell, column) for column, _ in shown.values()])
+                ax.plot([values.min(), values.max()], [y, y], color="0.8", lw=0.6, alpha=alpha, zorder=0)
+                for value, (_, look) in zip(values, shown.values()):
+                    ax.plot(value, y, alpha=alpha, **look)
+            ax.set_title(f"{readable(mapping)}, {readable(dataset)}")
+            ax.set_yticks(range(len(backbones)), backbones)
+    axes[0, 0].set_ylim(len(backbones) - 0.5, -0.5)
+    figure.supxlabel("clean accuracy (%)")
+    _legend(figure, {label: look for label, (_, look) in shown.items()})
+    pale = [f"{cell.backbone} ({readable(cell.mapping)}, {readable(cell.dataset)})" for cell in table[~table.counts].itertuples()]
+    figure.set_label(
+        f"Clean accuracy of {', '.join(shown)} on each backbone; {table.counts.sum()} of {len(table)} cells have headroom"
+        + (f"; pale, without it: {', '.join(pale)}." if pale else ".")
+    )
+    return figure
+
+
+# %% ../nbs/95_plots.ipynb #c20
 def intervals(
-    scores: pd.DataFrame,  # one dataset, from `read_scores`
+    scores: pd.DataFrame,  # one mapping and one dataset, from `read_scores`
     resamples: int = 1000,
 ) -> pd.DataFrame:  # variant, backbone, kind, corruption, severity; accuracy, low, high in percent
     "Accuracy over the seeds with 95 % intervals over seeds and images; one seed has none."
@@ -164,7 +218,7 @@ def intervals(
     return pd.DataFrame(sorted(rows, key=lambda row: order[row[:5]]), columns=[*key, "accuracy", "low", "high"])
 
 
-# %% ../nbs/95_plots.ipynb #c17
+# %% ../nbs/95_plots.ipynb #c21
 def _severity_label(
     kind: str,
     corruption: str,
@@ -197,20 +251,14 @@ def _level_text(
     return f"{level:g}".lstrip("0") or "0"
 
 
-def _legend(figure: plt.Figure, styles: dict[str, dict], columns: int = 6):
-    "One legend above all panels."
-    keys = [plt.Line2D([], [], label=variant, **look) for variant, look in styles.items()]
-    figure.legend(handles=keys, loc="outside upper center", ncols=min(len(keys), columns))
-
-
 def _backbones(scores: pd.DataFrame) -> list[str]:
     "The backbones in order; raw pixels have none."
     return [name for name in scores.backbone.unique() if name != "none"]
 
 
-# %% ../nbs/95_plots.ipynb #c18
+# %% ../nbs/95_plots.ipynb #c22
 def robustness_curves(
-    scores: pd.DataFrame,  # one dataset
+    scores: pd.DataFrame,  # one mapping and one dataset
 ) -> plt.Figure:
     "Accuracy against severity, conditions as rows and backbones as columns, with 95 % intervals; raises `ValueError` without conditions."
     table, styles, backbones = intervals(scores), variant_styles(scores.variant), _backbones(scores)
@@ -246,12 +294,29 @@ def robustness_curves(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c21
+# %% ../nbs/95_plots.ipynb #c25
+def of_placement(
+    scores: pd.DataFrame,  # from `read_scores`
+    placement: str,  # pixels, tokens or padding
+) -> pd.DataFrame:
+    "Rows of the prompts with one placement, and those of no prompt and of full fine-tuning on the same backbones."
+    backbones = scores[scores.placement == placement].backbone.unique()
+    return scores[scores.placement.isin([placement, "none", "weights"]) & scores.backbone.isin(backbones)]
+
+
+def _placements(scores: pd.DataFrame) -> list[str]:
+    "Where prompts are, in order; `none` when there is no prompt at all."
+    return [name for name in scores.placement.unique() if name not in ("none", "weights")] or ["none"]
+
+
+# %% ../nbs/95_plots.ipynb #c28
 def severity_curves(
-    scores: pd.DataFrame,  # one dataset
+    scores: pd.DataFrame,  # one mapping and one dataset, from `of_placement`
     columns: int = 5,  # panels a row
 ) -> plt.Figure:
-    "Accuracy against severity, one panel a corruption, mean over backbones and seeds."
+    "Accuracy against severity, one panel a corruption, mean over backbones and seeds; raises `ValueError` for several placements."
+    if len(_placements(scores)) > 1:
+        raise ValueError(f"scores: the placements {', '.join(_placements(scores))} have no common mean; `of_placement` takes one of them")
     noisy, styles = scores[scores.kind == "noise"], variant_styles(scores.variant)
     mean = 100 * noisy.groupby(["corruption", "variant", "severity"]).accuracy.mean()
     names = noisy.corruption.unique()
@@ -275,26 +340,27 @@ def severity_curves(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c24
+# %% ../nbs/95_plots.ipynb #c31
 def difference_map(
-    compared: pd.DataFrame,  # one dataset, from `compare` with a column for each corruption
+    compared: pd.DataFrame,  # one mapping and one dataset, from `compare` with a column for each corruption
     reference: str = REFERENCE,
 ) -> plt.Figure:
     "Heat map, corruption × variant, of differences to the reference; raises `ValueError` for an unknown one."
-    part = compared[compared.reference == reference]
+    part = compared.assign(variant=variant_names(compared))[compared.reference == reference]
     if part.empty:
         raise ValueError(f"reference {reference!r}: allowed are {', '.join(compared.reference.unique())}")
     wide = lambda column: part.pivot(index="images", columns="variant", values=column).loc[part.images.unique(), part.variant.unique()]
     points, significant = wide("difference"), wide("verdict").isin([BETTER, WORSE])
     marks = significant.replace({True: " •", False: ""}) + wide("equivalent").replace({True: " ≈", False: ""})
     figure, ax = plt.subplots(figsize=(1.4 + 0.62 * len(points.columns), 0.9 + 0.2 * len(points)), layout="constrained")
-    reach = max(points.abs().max().max(), 0.1)
+    reach = max(0.1, np.nanmax(points.abs().to_numpy(), initial=0.1))
     bar = {"label": "points", "shrink": 0.9}
     text = points.map("{:+.1f}".format) + marks
     sns.heatmap(
         points, ax=ax, vmin=-reach, vmax=reach, cmap="RdBu", linewidths=0.5, cbar_kws=bar, annot=text, fmt="", annot_kws={"size": 6}
     )
-    for cell, bold in zip(ax.texts, significant.to_numpy().ravel()):
+    ax.set_facecolor("0.85")
+    for cell, bold in zip(ax.texts, significant.to_numpy()[points.notna()]):  # a cell without a number has no text
         cell.set_fontweight("bold" if bold else "normal")
     ax.set(title=f"accuracy minus that of {reference}", xlabel="", ylabel="")
     ax.set_yticks(ax.get_yticks(), [readable(name) for name in points.index], rotation=0)
@@ -305,9 +371,9 @@ def difference_map(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c27
+# %% ../nbs/95_plots.ipynb #c34
 def pareto(
-    scores: pd.DataFrame,  # one dataset
+    scores: pd.DataFrame,  # one mapping and one dataset
 ) -> plt.Figure:
     "Clean and corrupted accuracy (rows) against prompt parameters, on each backbone (columns)."
     runs, styles, backbones = per_run(scores), variant_styles(scores.variant), _backbones(scores)
@@ -351,11 +417,38 @@ def pareto(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c30
-def density_gains(
-    scores: pd.DataFrame,  # one dataset; columns pixel_density or bit_density
+# %% ../nbs/95_plots.ipynb #c37
+def tradeoff(
+    scores: pd.DataFrame,  # one mapping and one dataset
 ) -> plt.Figure:
-    "Gain in corrupted accuracy over the linear probe against pixel density and bit density (rows), on each backbone (columns)."
+    "Mean accuracy under noise against clean accuracy, by variant and placement; raises `ValueError` without noise."
+    if "noise" not in set(scores.kind):
+        raise ValueError("scores: there is no noise")
+    styles, placements = variant_styles(scores.variant), _placements(scores)
+    size = (max(COLUMN, PAGE * len(placements) / 3), 2.6)
+    figure, axes = plt.subplots(1, len(placements), figsize=size, layout="constrained", squeeze=False)
+    most = {}
+    for ax, placement in zip(axes.flat, placements):
+        runs = per_run(of_placement(scores, placement))
+        means = runs.groupby(["method", "variant"], sort=False)[["clean", "corrupted"]].mean()
+        for _, joined in means.groupby("method", sort=False):
+            ax.plot(joined.clean, joined.corrupted, color="0.75", lw=0.6, zorder=0)
+        for (_, variant), mean in means.iterrows():
+            ax.plot(mean.clean, mean.corrupted, **styles[variant] | {"linestyle": "none"})
+        ax.set(title=readable(placement), xlabel="clean accuracy (%)")
+        most[placement] = tuple(means[images].idxmax()[1] for images in ("clean", "corrupted"))
+    axes[0, 0].set_ylabel("accuracy under noise (%)")
+    _legend(figure, {variant: look | {"linestyle": "none"} for variant, look in styles.items()})
+    best = "; ".join(f"{readable(name)}, {clean} on clean and {noisy} on noisy images" for name, (clean, noisy) in most.items())
+    figure.set_label(f"Mean accuracy under noise against clean accuracy for {', '.join(styles)}, by placement; best are: {best}.")
+    return figure
+
+
+# %% ../nbs/95_plots.ipynb #c40
+def density_gains(
+    scores: pd.DataFrame,  # one mapping and one dataset; columns pixel_density or bit_density
+) -> plt.Figure:
+    "Gain in corrupted accuracy over no prompt against pixel density and bit density (rows), on each backbone (columns)."
     densities, backbones = [name for name in ("pixel_density", "bit_density") if name in scores], _backbones(scores)
     runs = per_run(scores)
     zero = runs[runs.variant == REFERENCE].set_index(["backbone", "seed"]).corrupted
@@ -380,16 +473,14 @@ def density_gains(
             ax.set(xlim=(-0.05, 1.05), xticks=[0, 0.5, 1], xlabel=readable(density))
     for ax, backbone in zip(axes[0], backbones):
         ax.set_title(backbone)
-    figure.supylabel("gain over the linear probe,\ncorrupted images (points)", ha="center", multialignment="center")
+    figure.supylabel("gain over no prompt,\ncorrupted images (points)", ha="center", multialignment="center")
     _legend(figure, {variant: styles[variant] | {"linestyle": "none"} for variant in styles if variant in shown})
     against = " and ".join(readable(density) for density in densities)
-    figure.set_label(
-        f"Gain in corrupted accuracy over the linear probe against {against} on {', '.join(backbones)}, for {', '.join(shown)}."
-    )
+    figure.set_label(f"Gain in corrupted accuracy over no prompt against {against} on {', '.join(backbones)}, for {', '.join(shown)}.")
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c33
+# %% ../nbs/95_plots.ipynb #c43
 def accuracy_map(
     table: pd.DataFrame,  # one row a run: two settings and an accuracy in [0, 1]
     x: str,  # setting of the columns, e.g. `timesteps`
@@ -408,7 +499,50 @@ def accuracy_map(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c36
+# %% ../nbs/95_plots.ipynb #c46
+def convergence(
+    history: pd.DataFrame,  # one dataset: epoch, loss, mapping, backbone, variant, seed
+    variants: Sequence[str] | None = None,  # those that are drawn; None: all
+) -> plt.Figure:
+    "Training loss against epoch, mean and range over the seeds, mappings as rows and backbones as columns."
+    styles = {name: look for name, look in variant_styles(history.variant).items() if variants is None or name in variants}
+    drawn = history[history.variant.isin(styles)]
+    mappings, backbones = list(drawn.mapping.unique()), list(drawn.backbone.unique())
+    losses = drawn.groupby(["mapping", "backbone", "variant", "epoch"]).loss.agg(["mean", "min", "max"])
+    figure, axes = plt.subplots(
+        len(mappings),
+        len(backbones),
+        figsize=(max(COLUMN, PAGE * len(backbones) / 5), 0.5 + 1.3 * len(mappings)),
+        sharex=True,
+        sharey="row",
+        layout="constrained",
+        squeeze=False,
+    )
+    late = {}
+    for row, mapping in zip(axes, mappings):
+        for ax, backbone in zip(row, backbones):
+            for variant, look in styles.items():
+                if (mapping, backbone, variant) in losses.index:
+                    curve = losses.loc[mapping, backbone, variant]
+                    ax.plot(curve.index, curve["mean"], **look | {"marker": None})
+                    ax.plot(curve.index[-1], curve["mean"].iloc[-1], **look)
+                    ax.fill_between(curve.index, curve["min"], curve["max"], color=look["color"], alpha=0.2, lw=0)
+                    before = curve["mean"].iloc[-1 - max(1, len(curve) // 5) :].iloc[0]
+                    late[mapping, backbone, variant] = 100 * (curve["mean"].iloc[-1] / before - 1)
+        row[0].set_ylabel(f"{readable(mapping)}\ntraining loss")
+    for ax, backbone in zip(axes[0], backbones):
+        ax.set_title(backbone)
+    for ax in axes[-1]:
+        ax.set_xlabel("epoch")
+    _legend(figure, styles)
+    figure.set_label(
+        f"Training loss against epoch for {', '.join(styles)} on {', '.join(backbones)}; "
+        f"over the last fifth of the epochs it changes by {min(late.values()):+.0f} to {max(late.values()):+.0f} %."
+    )
+    return figure
+
+
+# %% ../nbs/95_plots.ipynb #c49
 def _around_grey(
     prompt: Tensor,  # P, signed pixels
 ) -> Tensor:  # the same shape, in [0, 1]; 0 is mid-grey
@@ -437,7 +571,7 @@ def _layers(
     return [part.view(shape) for part, shape in zip(bits.split([p * D for p, D in prompt.shapes]), prompt.shapes)]
 
 
-# %% ../nbs/95_plots.ipynb #c37
+# %% ../nbs/95_plots.ipynb #c50
 @singledispatch
 def prompt_cell(
     prompt: Prompt,  # in evaluation mode
@@ -457,7 +591,7 @@ def _(prompt: TokenPrompt, image: Tensor) -> Tensor:
     return torch.cat([torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=torch.nan) for tokens in layers]).detach()
 
 
-# %% ../nbs/95_plots.ipynb #c38
+# %% ../nbs/95_plots.ipynb #c51
 def gallery(
     cells: dict[str, dict[str, Tensor]],  # row -> column -> an image [3, H, W] in [0, 1], or tokens [rows, columns]
 ) -> plt.Figure:
@@ -480,7 +614,7 @@ def gallery(
     return figure
 
 
-# %% ../nbs/95_plots.ipynb #c42
+# %% ../nbs/95_plots.ipynb #c55
 def _image_rows(
     rows: dict[str, Tensor],  # title -> images [B, 3, H, W] in [0, 1], or matrices [B, rows, columns]
     label: str,  # of the prompt
@@ -511,7 +645,7 @@ def draw_prompt(
     return _image_rows({"image $x$": images, "prompt $P$": _around_grey(prompted - images), "$x + P$": prompted}, prompt.label)
 
 
-# %% ../nbs/95_plots.ipynb #c45
+# %% ../nbs/95_plots.ipynb #c58
 @draw_prompt.register
 @torch.no_grad()
 def _(prompt: LoRSP, images: Tensor) -> plt.Figure:
@@ -522,7 +656,7 @@ def _(prompt: LoRSP, images: Tensor) -> plt.Figure:
     return _image_rows({"image $x$": images, "prompt $P(x)$": _around_grey(P), "$x + P(x)$": images + P, **rasters}, prompt.label)
 
 
-# %% ../nbs/95_plots.ipynb #c48
+# %% ../nbs/95_plots.ipynb #c61
 @draw_prompt.register
 @torch.no_grad()
 def _(prompt: SMM, images: Tensor) -> plt.Figure:
@@ -532,7 +666,7 @@ def _(prompt: SMM, images: Tensor) -> plt.Figure:
     return _image_rows(rows, prompt.label)
 
 
-# %% ../nbs/95_plots.ipynb #c51
+# %% ../nbs/95_plots.ipynb #c64
 @draw_prompt.register
 @torch.no_grad()
 def _(prompt: TokenPrompt, images: Tensor) -> plt.Figure:

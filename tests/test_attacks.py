@@ -6,31 +6,33 @@ from torch import nn
 
 from spikeprompt.backbones.loader import create_backbone
 from spikeprompt.config import ConfigError, DatasetConfig, RobustnessConfig
-from spikeprompt.datasets import read_digits, split, to_size
+from spikeprompt.datasets import read_dataset, split, to_size
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import method_class
 from spikeprompt.robustness.attacks import ATTACKS, attack, attack_conditions, square_masks, square_side
-from spikeprompt.training.head import accuracy, linear_probe, outputs, to_pixels
+from spikeprompt.training.head import accuracy, fit_head, outputs, to_pixels
 
 QUICK = {"pgd": {"steps": 4}, "square": {"queries": 20}}
 
 
 @pytest.fixture(scope="module")
-def digits():
-    found = split(read_digits(), DatasetConfig(n_train=300, n_val=40), 0)
+def fashion():
+    config = DatasetConfig(folder="data/fashion_mnist", n_train=300, n_val=40)
+    found = split(read_dataset("fashion_mnist", config), config, 0)
     found.train, found.val = ((to_size(x, (32, 32)), y) for x, y in (found.train, found.val))
     return found
 
 
 @pytest.fixture(scope="module")
-def models(digits):
-    "A trained linear probe, and the same head under an untrained LoRSP prompt."
-    head, found = linear_probe(create_backbone("pocket_resnet"), digits, [0.1])[0], {}
-    for name in "linear_probe", "lorsp":
+def models(fashion):
+    "A head fitted without a prompt, and the same head under an untrained LoRSP prompt."
+    backbone, found = create_backbone("pocket_resnet"), {}
+    head, _ = fit_head(*((outputs(backbone, images), labels) for images, labels in (fashion.train, fashion.val)), [0.1])
+    for name in "no_prompt", "lorsp":
         torch.manual_seed(0)
         cls, backbone = method_class(name), create_backbone("pocket_resnet")
         found[name] = PromptedModel(backbone, cls(cls.config_class(), backbone), head).eval()
-        found[name].calibrate(to_pixels(digits.train[0][:64]))
+        found[name].calibrate(to_pixels(fashion.train[0][:64]))
     return found
 
 
@@ -45,10 +47,10 @@ class NoGradient(nn.Module):
         return self.model(images).detach()
 
 
-@pytest.mark.parametrize("method", ["linear_probe", "lorsp"])
+@pytest.mark.parametrize("method", ["no_prompt", "lorsp"])
 @pytest.mark.parametrize("name", ATTACKS)
-def test_images_stay_in_the_ball_and_parameters_get_no_gradient(models, digits, method, name):
-    model, (images, labels) = models[method], (digits.val[0][:8], digits.val[1][:8])
+def test_images_stay_in_the_ball_and_parameters_get_no_gradient(models, fashion, method, name):
+    model, (images, labels) = models[method], (fashion.val[0][:8], fashion.val[1][:8])
     found = attack(model, name, images, labels, 0.1, **QUICK.get(name, {}))
     change = (found - to_pixels(images)).abs()
     assert 0.09 < change.max() <= 0.1 + 1e-6
@@ -57,23 +59,23 @@ def test_images_stay_in_the_ball_and_parameters_get_no_gradient(models, digits, 
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_epsilon_zero_changes_nothing(models, digits, name):
-    images, labels = digits.val[0][:8], digits.val[1][:8]
+def test_epsilon_zero_changes_nothing(models, fashion, name):
+    images, labels = fashion.val[0][:8], fashion.val[1][:8]
     assert torch.equal(attack(models["lorsp"], name, images, labels, 0, **QUICK.get(name, {})), to_pixels(images))
 
 
-def test_gradients_lower_accuracy_and_steps_lower_it_further(models, digits):
-    model, (images, labels) = models["linear_probe"], digits.val
+def test_gradients_lower_accuracy_and_steps_lower_it_further(models, fashion):
+    model, (images, labels) = models["no_prompt"], fashion.val
     clean = accuracy(outputs(model, images), labels)
     fgsm, pgd = (accuracy(outputs(model, attack(model, name, images, labels, 24 / 255)), labels) for name in ("fgsm", "pgd"))
-    assert clean > 0.9
+    assert clean > 0.6
     assert pgd <= fgsm < clean - 0.2
     assert pgd < 0.3
 
 
-def test_square_needs_no_gradients(models, digits):
-    images, labels = digits.val
-    model = NoGradient(models["linear_probe"])
+def test_square_needs_no_gradients(models, fashion):
+    images, labels = fashion.val
+    model = NoGradient(models["no_prompt"])
     with torch.inference_mode():
         found = attack(model, "square", images, labels, 48 / 255, queries=60)
     assert accuracy(outputs(model, found), labels) < accuracy(outputs(model, images), labels) - 0.2
@@ -81,8 +83,8 @@ def test_square_needs_no_gradients(models, digits):
         attack(model, "fgsm", images, labels, 48 / 255)
 
 
-def test_square_queries_only_what_is_not_yet_misclassified(models, digits):
-    images, labels = digits.val
+def test_square_queries_only_what_is_not_yet_misclassified(models, fashion):
+    images, labels = fashion.val
     queried = []
 
     class Counted(NoGradient):
@@ -90,7 +92,7 @@ def test_square_queries_only_what_is_not_yet_misclassified(models, digits):
             queried.append(len(pixels))
             return super().forward(pixels)
 
-    attack(Counted(models["linear_probe"]), "square", images, labels, 64 / 255, queries=40)
+    attack(Counted(models["no_prompt"]), "square", images, labels, 64 / 255, queries=40)
     assert queried[0] == len(images) and queried[-1] < len(images)
     assert queried[1:] == sorted(queried[1:], reverse=True)
 
@@ -107,7 +109,7 @@ def test_attacks_on_a_linear_model_have_a_closed_form():
 
 def test_pgd_starts_anywhere_in_the_ball(models):
     grey = torch.full((4, 3, 32, 32), 0.5)
-    change = attack(models["linear_probe"], "pgd", grey, torch.zeros(4, dtype=torch.long), 0.1, steps=1, step_size=0.0) - grey
+    change = attack(models["no_prompt"], "pgd", grey, torch.zeros(4, dtype=torch.long), 0.1, steps=1, step_size=0.0) - grey
     assert change.mean().abs() < 0.003 and change.abs().max() > 0.099
     assert change.std() == pytest.approx(0.2 / 12**0.5, rel=0.03)
     assert not torch.equal(change[0], change[1])
@@ -126,8 +128,8 @@ def test_neither_batches_nor_the_type_of_the_labels_matter(name):
 
 
 @pytest.mark.parametrize("name", ["pgd", "square"])
-def test_the_seed_fixes_chance(models, digits, name):
-    images, labels = digits.val[0][:6], digits.val[1][:6]
+def test_the_seed_fixes_chance(models, fashion, name):
+    images, labels = fashion.val[0][:6], fashion.val[1][:6]
     first, again, other = (attack(models["lorsp"], name, images, labels, 0.1, seed, **QUICK[name]) for seed in (0, 0, 1))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -153,9 +155,9 @@ def test_squares_have_their_side_and_lie_inside():
         ("square", 0.1, {"p": 1.5}, "p = 1.5"),
     ],
 )
-def test_wrong_arguments_are_named(models, digits, name, epsilon, options, message):
+def test_wrong_arguments_are_named(models, fashion, name, epsilon, options, message):
     with pytest.raises(ValueError, match=message):
-        attack(models["linear_probe"], name, digits.val[0][:2], digits.val[1][:2], epsilon, **options)
+        attack(models["no_prompt"], name, fashion.val[0][:2], fashion.val[1][:2], epsilon, **options)
 
 
 def test_conditions_have_their_options_and_wrong_ones_are_named():

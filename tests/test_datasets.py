@@ -13,11 +13,11 @@ from spikeprompt.datasets import (
     CHECKSUMS,
     DataError,
     ImageDataset,
+    cached_dataset,
     from_idx,
     load_dataset,
     read_checked,
     read_dataset,
-    read_digits,
     read_fashion_mnist,
     read_npz,
     register_dataset,
@@ -29,6 +29,11 @@ from spikeprompt.datasets import (
 )
 
 SHIPPED = project_root() / "data/fashion_mnist"
+
+
+@pytest.fixture(scope="module")
+def fashion():
+    return read_fashion_mnist(SHIPPED)
 
 
 @pytest.fixture
@@ -47,8 +52,7 @@ def images_of(part):
     return {image.numpy().tobytes() for image in part[0]}
 
 
-def test_shipped_files():
-    fashion = read_fashion_mnist(SHIPPED)
+def test_shipped_files(fashion):
     assert fashion.x_train.shape == fashion.x_test.shape == (10_000, 1, 32, 32)
     assert np.bincount(fashion.y_test).tolist() == [1000] * 10
     assert fashion.x_train[0, 0, :2].max() == 0 and fashion.x_train[0].max() == 255
@@ -118,12 +122,12 @@ def test_a_dataset_from_an_npz(tmp_path):
     np.savez(tmp_path / "labels.npz", **arrays | {"y_test": arrays["y_test"] + 1})
     with pytest.raises(DataError, match="labels.npz: y_test must be integers from 0 to 5"):
         read_npz(tmp_path / "labels.npz")
-    with pytest.raises(ConfigError, match="datasets.cifar: allowed are .*digits.*, or a file .*cifar.npz"):
+    with pytest.raises(ConfigError, match="datasets.cifar: allowed are sprites_.*, fashion_mnist, or a file .*cifar.npz"):
         read_dataset("cifar", config)
 
 
 def test_a_reader_of_ones_own_gets_its_folder(monkeypatch, tmp_path):
-    monkeypatch.setattr(datasets, "READERS", {})
+    monkeypatch.setitem(datasets.READERS, "own", None)  # which is undone after the test
     folders = []
 
     @register_dataset("own")
@@ -136,22 +140,30 @@ def test_a_reader_of_ones_own_gets_its_folder(monkeypatch, tmp_path):
 
 
 def test_a_saved_dataset_comes_back(tmp_path):
-    digits = read_digits()
+    dataset = ImageDataset(**small())
     for name in "one", "two":
-        save_dataset(digits, tmp_path / f"{name}.npz")
+        save_dataset(dataset, tmp_path / f"{name}.npz")
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
-    for name, value in vars(load_dataset(tmp_path / "one.npz")).items():
-        assert np.array_equal(value, getattr(digits, name))
+    for read in load_dataset, cached_dataset:
+        for name, value in vars(read(tmp_path / "one.npz")).items():
+            assert np.array_equal(value, getattr(dataset, name))
 
 
-def test_a_split_is_the_seeds_and_holds_validation_out():
-    digits, config = read_digits(), DatasetConfig(n_train=700, n_val=300, n_test=10)
-    first, again, other = (split(digits, config, seed) for seed in (0, 0, 1))
+def test_a_prepared_dataset_is_read_once(tmp_path):
+    save_dataset(ImageDataset(**small()), tmp_path / "own.npz")
+    first = cached_dataset(tmp_path / "own.npz")
+    (tmp_path / "own.npz").unlink()
+    assert cached_dataset(tmp_path / "own.npz") is first
+
+
+def test_a_split_is_the_seeds_and_holds_validation_out(fashion):
+    config = DatasetConfig(n_train=700, n_val=300, n_test=10)
+    first, again, other = (split(fashion, config, seed) for seed in (0, 0, 1))
     assert torch.equal(first.train[0], again.train[0]) and torch.equal(first.val[1], again.val[1])
     assert not torch.equal(first.train[0], other.train[0])
     assert len(first.train[1]) == 700 and len(first.val[1]) == 300
     assert not images_of(first.train) & images_of(first.val)
-    share = torch.from_numpy(np.bincount(digits.y_train) / len(digits.y_train))
+    share = torch.from_numpy(np.bincount(fashion.y_train) / len(fashion.y_train))
     assert (first.train[1].bincount() - 700 * share).abs().max() <= 1
 
 
@@ -163,22 +175,20 @@ def test_every_prefix_of_the_order_is_stratified():
         assert np.abs(np.bincount(labels[order[:n]], minlength=3) - n * np.array([0.6, 0.3, 0.1])).max() <= 1.5
 
 
-def test_fewer_test_images_are_the_first_of_more():
-    digits = read_digits()
-    few, more = (datasets.test_images(digits, DatasetConfig(n_test=n)) for n in (50, 200))
+def test_fewer_test_images_are_the_first_of_more(fashion):
+    few, more = (datasets.test_images(fashion, DatasetConfig(n_test=n)) for n in (50, 200))
     assert torch.equal(few[0], more[0][:50]) and torch.equal(few[1], more[1][:50])
 
 
-def test_too_many_images_are_refused_by_name():
-    digits = read_digits()
-    with pytest.raises(ConfigError, match=r"datasets.digits.n_train \+ n_val = 3000: allowed are at most 1097"):
-        split(digits, DatasetConfig(), 0, "digits")
-    with pytest.raises(ConfigError, match="datasets.digits.n_test = 1000: allowed are at most 700"):
-        datasets.test_images(digits, DatasetConfig(), "digits")
+def test_too_many_images_are_refused_by_name(fashion):
+    with pytest.raises(ConfigError, match=r"datasets.fashion.n_train \+ n_val = 10010: allowed are at most 10000"):
+        split(fashion, DatasetConfig(n_train=10_000, n_val=10), 0, "fashion")
+    with pytest.raises(ConfigError, match="datasets.fashion.n_test = 10001: allowed are at most 10000"):
+        datasets.test_images(fashion, DatasetConfig(n_test=10_001), "fashion")
 
 
-def test_images_are_resized_as_bytes_and_get_three_channels():
-    images = torch.from_numpy(read_digits().x_test[:4])
+def test_images_are_resized_as_bytes_and_get_three_channels(fashion):
+    images = torch.from_numpy(fashion.x_test[:4])
     same, larger = to_size(images, (32, 32)), to_size(images, (48, 40), "bicubic")
     assert torch.equal(same, images.expand(-1, 3, -1, -1))
     assert larger.shape == (4, 3, 48, 40) and larger.dtype == torch.uint8

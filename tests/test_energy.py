@@ -145,7 +145,7 @@ def test_the_default_counts_the_products_of_a_prompt_of_ones_own(images):
     assert set(operations(Prompt(None, None), images).values()) == {0.0}
 
 
-METHODS = ["linear_probe", "lor_vp", "lorsp", "vpt", "spike_nvpt", "smm"]
+METHODS = ["no_prompt", "lor_vp", "lorsp", "vpt", "spike_nvpt", "smm", "full_finetuning"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -170,7 +170,7 @@ def test_system_is_backbone_and_prompt(name, method, prompted, images):
         assert cost["activation_sparsity"] == pytest.approx(0.7, abs=0.02) and cost["membrane_updates"] == 768
     else:
         assert cost["membrane_updates"] == cost["effective_acs"] == 0 and np.isnan(cost["activation_sparsity"])
-    if method in ("linear_probe", "lor_vp") or (name == "pocket_resnet" and method not in ("lorsp", "smm")):
+    if method in ("no_prompt", "lor_vp", "full_finetuning") or (name == "pocket_resnet" and method not in ("lorsp", "smm")):
         assert cost["prompt_macs_tokens"] == cost["prompt_pj_prefix"] == cost["prompt_percent_tokens"] == 0
 
 

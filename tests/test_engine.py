@@ -278,5 +278,6 @@ def test_a_source_that_is_not_found_is_refused(project):
 
 def test_closures_of_this_package_keep_to_the_reading_order():
     assert import_closure("spikeprompt.config") == ["spikeprompt.config"]
-    assert import_closure("spikeprompt.datasets") == ["spikeprompt.config", "spikeprompt.datasets"]
-    assert "spikeprompt.config" in import_closure(Path("nbs/02_datasets.ipynb"))
+    modules = ["spikeprompt.config", "spikeprompt.datasets", "spikeprompt.image_dataset", "spikeprompt.sprites"]
+    assert import_closure("spikeprompt.datasets") == modules
+    assert "spikeprompt.config" in import_closure(Path("nbs/04_datasets.ipynb"))

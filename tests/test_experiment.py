@@ -7,10 +7,12 @@ import sys
 from copy import deepcopy
 
 import pytest
+import timm
 
+from spikeprompt.backbones.loader import Backbone
 from spikeprompt.config import ConfigError, project_root, read_params
-from spikeprompt.experiment import NOTEBOOKS, check_experiment, stage_record, write_stages
-from spikeprompt.stages import parse_experiment, read_stage
+from spikeprompt.experiment import NOTEBOOKS, check_classes, check_experiment, stage_record, write_stages
+from spikeprompt.stages import parse_experiment, read_stage, run_settings
 
 
 def changed(path, value):
@@ -32,9 +34,9 @@ def changed(path, value):
         ("backbones/names", [], "backbones.names = []: list should have at least 1 item"),
         ("backbones/names", ["resnet18"], "resnet18.safetensors is missing"),
         ("methods/lorps", {}, "method 'lorps': allowed are"),
-        ("methods", {"lorsp": {}}, "linear_probe must be one of them"),
+        ("methods", {"lorsp": {}}, "no_prompt must be one of them"),
         ("methods/lorsp", {"LoRSP": {"rank": -1}}, "methods.lorsp.LoRSP.rank = -1: input should be greater than or equal to 1"),
-        ("methods/lorsp", {"LoRSP": {"rnak": 2}}, "methods.lorsp.LoRSP.rnak is not a setting; allowed: lr, "),
+        ("methods/lorsp", {"LoRSP": {"rnak": 2}}, "methods.lorsp.LoRSP.rnak is not a setting; allowed: "),
         ("methods/lorsp", {"a/b": {}}, "methods.lorsp.a/b"),
         ("methods/lor_vp", {"VPT-deep": {}}, "variant 'VPT-deep' is named twice"),
         ("methods/vpt", {"VPT": {"pad_width": 16}}, "methods.vpt.VPT: "),
@@ -45,7 +47,10 @@ def changed(path, value):
         ("robustness/faults", {"flip": [0.1]}, "robustness.faults.flip: allowed are"),
         ("train/epochs", "six", "train.epochs = 'six': input should be a valid integer"),
         ("train/seeds", [], "train.seeds = []: "),
-        ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000500: allowed are at most"),
+        ("train/mappings", ["labels"], "train.mappings.0 = 'labels': input should be 'label' or 'linear'"),
+        ("tuned/folder", "runs/no/such", "tuned.folder = 'runs/no/such': no table of a search is there"),
+        ("tune/space", {"lorsp": {"lr": [0.1]}}, "tune.space.lorsp.lr = [0.1]: list should have at least 2 items"),
+        ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000120: allowed are at most"),
         ("datasets/mnist", {}, "datasets.mnist: allowed are"),
         ("extensions", ["no_such_module"], "extensions = 'no_such_module': No module named"),
         ("target", {}, "target is not a setting; allowed: extensions, backbones, datasets"),
@@ -69,11 +74,11 @@ def records(params):
 @pytest.mark.parametrize(
     "path, value, stale",
     [
-        ("train/keep", "last", {"train", "evaluate", "report"}),  # a default that params.yaml does not name
+        ("train/weight_decay", 0.1, {"train", "evaluate", "report"}),  # a default that params.yaml does not name
         ("backbones/img_size", 48, {"prepare", "train", "evaluate", "report"}),
         ("robustness/severities", [2], {"prepare", "evaluate", "report"}),
-        ("datasets/digits/n_train", 100, {"prepare", "train", "evaluate", "report"}),
-        ("tune/first", [0.3], {"report"}),
+        ("datasets/sprites_orientation/n_train", 100, {"prepare", "train", "evaluate", "report"}),
+        ("tune/trials", 3, {"report"}),
     ],
 )
 def test_a_changed_value_makes_its_stages_stale(path, value, stale, monkeypatch):
@@ -93,6 +98,7 @@ EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", 'Field(0.1, gt=0, description="α', 'Field(0.2, gt=0, description="α', {"train-lorsp", "evaluate"}),
     ("training/loop.py", "# a bar in a terminal", "# a progress bar in a terminal", set()),
     ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt"}),
+    ("training/search.py", 'direction="maximize"', 'direction="minimize"', set()),
     ("evaluation/energy.py", '"fp32_mul": 3.7', '"fp32_mul": 3.8', {"evaluate"}),
     ("robustness/corruptions.py", "0.299", "0.3", {"evaluate", "prepare"}),
     ("plots.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
@@ -169,11 +175,12 @@ def read_stripes(folder):
     params = read_params() | {
         "extensions": ["my_extension"],
         "datasets": {"stripes": {"n_train": 20, "n_val": 10, "n_test": 20}},
-        "methods": {"linear_probe": None, "mine": {"Mine-2": {"strength": 2.0}}},
+        "methods": {"no_prompt": None, "mine": {"Mine-2": {"strength": 2.0}}},
     }
     try:
         found = check_experiment(parse_experiment(params))
-        assert found["train-mine"]["config"]["methods"] == {"mine": {"Mine-2": {"lr": 0.01, "weight_decay": 0.0, "strength": 2.0}}}
+        defaults = {"image_noise": 0.0, "trainable": True, "lr": 0.01, "weight_decay": 0.0}
+        assert found["train-mine"]["config"]["methods"] == {"mine": {"Mine-2": {**defaults, "strength": 2.0}}}
         before = stage_record(parse_experiment(params), "train", "mine")["code"]
         (tmp_path / "my_extension.py").write_text(
             (tmp_path / "my_extension.py").read_text().replace("strength: float = 1.0", "strength: float = 3.0")
@@ -181,6 +188,34 @@ def read_stripes(folder):
         assert stage_record(parse_experiment(params), "train", "mine")["code"] != before
     finally:
         METHODS.pop("mine", None), READERS.pop("stripes", None)
+
+
+def test_tuned_values_take_the_place_of_a_variants_own(tmp_path):
+    header = "mapping,backbone,variant,trial,lr,val_accuracy\n"
+    rows = ["label,pocket_vit,LoRSP,0,0.2,0.5", "label,pocket_vit,LoRSP,1,0.3,0.7", "label,pocket_vit,LoRSP,2,0.4,0.6"]
+    (tmp_path / "lorsp.csv").write_text(header + "\n".join(rows) + "\n")
+    params = read_params() | {"backbones": {"names": ["pocket_vit"]}}
+    found = {}
+    for like in {}, {"LoRSP, static": "LoRSP"}:
+        records = check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path), "like": like}}))
+        write_stages(records, tmp_path / "stages")
+        config = read_stage(tmp_path / "stages/train-lorsp.json")
+        run = lambda mapping, variant: run_settings(config, (mapping, "fashion_mnist", "pocket_vit", "lorsp", variant, 0)).lr
+        found[len(like)] = [run("label", "LoRSP"), run("linear", "LoRSP"), run("label", "LoRSP, static")]
+        assert records["train-lor_vp"]["config"]["tuned"]["values"] == {"label": {"pocket_vit": {}}}
+    assert found == {0: [0.3, 0.1, 0.1], 1: [0.3, 0.1, 0.3]}
+    with pytest.raises(ConfigError, match="tuned.like.LoRSP = 'LoRPS': allowed are the tuned variants, LoRSP"):
+        check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path), "like": {"LoRSP": "LoRPS"}}}))
+
+
+@pytest.mark.parametrize("classes", [0, 5])
+def test_label_mapping_is_refused_where_the_backbone_has_too_few_classes(classes):
+    config = parse_experiment(read_params())
+    backbone = Backbone(timm.create_model("pocket_mixer", num_classes=classes))
+    with pytest.raises(ConfigError, match=f"of fashion_mnist needs 10 classes, the classifier of pocket_mixer has {classes}; allowed"):
+        check_classes(config, [backbone], {"fashion_mnist": 10})
+    only = config.model_copy(update={"train": config.train.model_copy(update={"mappings": ["linear"]})})
+    check_classes(only, [backbone], {"fashion_mnist": 10})
 
 
 def test_every_notebook_of_the_pipeline_belongs_to_a_stage():

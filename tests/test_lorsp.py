@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from spikeprompt.config import ConfigError, parse_config
-from spikeprompt.controls.lorsp import LoRSPMagnitudeMask, LoRSPNoCarry, LoRSPPermuted, LoRSPRandomMask
+from spikeprompt.controls.lorsp import LoRSPMagnitudeMask, LoRSPNoCarry, LoRSPPermuted, LoRSPRandomMask, LoRSPShuffled
 from spikeprompt.methods.lorsp import VARIANTS, LoRSP, LoRSPConfig, mean_firing_rate
-from spikeprompt.prompts.base import METHODS, num_parameters
+from spikeprompt.prompts.base import METHODS, create_prompt, num_parameters
 
-CONTROLS = [LoRSPNoCarry, LoRSPPermuted, LoRSPRandomMask, LoRSPMagnitudeMask]
+CONTROLS = [LoRSPNoCarry, LoRSPPermuted, LoRSPShuffled, LoRSPRandomMask, LoRSPMagnitudeMask]
 variants = pytest.mark.parametrize("variant", VARIANTS)
 classes = pytest.mark.parametrize("cls", [LoRSP, *CONTROLS])
 
@@ -27,7 +27,7 @@ def noise(number, size=32, seed=0):
 def make(cls=LoRSP, size=32, calibrate=True, **settings):
     torch.manual_seed(0)
     backbone = SimpleNamespace(input_size=(size, size))
-    prompt = cls(cls.config_class(**settings), backbone)
+    prompt = create_prompt(cls.config_class(**settings), backbone)
     if calibrate:
         prompt.calibrate(noise(64, size), backbone)
     return prompt
@@ -174,7 +174,7 @@ def test_batched_equals_one_by_one(variant):
     torch.testing.assert_close(prompt.pixels(images), alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("cls", CONTROLS)
+@pytest.mark.parametrize("cls", [cls for cls in CONTROLS if not cls.mixes_images])
 def test_controls_batched_equal_one_by_one(cls):
     prompt, images = make(cls).eval(), noise(6)
     alone = torch.cat([prompt.pixels(image[None]) for image in images])
@@ -292,6 +292,16 @@ def test_carry_lets_an_early_factor_act_on_a_late_spike():
         prompt = make(cls, variant="static")
         prompt.spikes(noise(2))[0][-1].sum().backward()
         assert (prompt.b.grad[:, 0].abs().max() > 0.01) == reaches
+
+
+@pytest.mark.parametrize("variant", get_args(LoRSPShuffled.config_class.model_fields["variant"].annotation))
+def test_shuffled_images_get_the_gates_of_their_neighbours_in_training_and_evaluation(variant):
+    own, shuffled, images = make(variant=variant), make(LoRSPShuffled, variant=variant), noise(8)
+    assert variant != "static" and not torch.equal(own.prompt(images)[0], own.prompt(images)[1])
+    for training in True, False:
+        assert torch.equal(shuffled.train(training).prompt(images), own.train(training).prompt(images).roll(1, 0))
+    assert shuffled.measures(images) == pytest.approx(own.measures(images))
+    assert torch.equal(shuffled.prompt(images[:1]), own.prompt(images[:1]))  # alone, it has no other
 
 
 def test_permuted_factors_are_lorsp_in_evaluation_and_random_in_training():

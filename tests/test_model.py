@@ -13,14 +13,15 @@ import torch
 from torch import nn
 
 import spikeprompt
-from spikeprompt.backbones.loader import Backbone, create_backbone
+from spikeprompt.backbones.loader import Backbone, create_backbone, fingerprint
 from spikeprompt.backbones.pocket import pocket_names
+from spikeprompt.baselines.full_finetuning import FullFinetuningConfig
 from spikeprompt.baselines.lor_vp import LoRVPConfig
 from spikeprompt.baselines.vpt import VPTConfig
 from spikeprompt.config import ConfigError, project_root
 from spikeprompt.methods.lorsp import LoRSPConfig
 from spikeprompt.methods.spike_nvpt import SpikeNVPTConfig
-from spikeprompt.model import PromptedModel, get_prompted_model
+from spikeprompt.model import Head, PromptedModel, get_prompted_model
 from spikeprompt.prompts.base import METHODS, Prompt, PromptConfig, register_method
 
 SNIPPET = """
@@ -47,7 +48,7 @@ with model.disable_adapter():
 assert torch.equal(bare, model.backbone.model.forward_head(
     model.backbone.model.forward_features((images - model.backbone.mean) / model.backbone.std), pre_logits=True))
 pocket = timm.create_model("pocket_vit", pretrained=True)
-print("done", sum(p.numel() for p in pocket.parameters()))
+print("done", sum(p.numel() for p in pocket.parameters()), pocket.num_classes)
 """
 
 
@@ -55,7 +56,7 @@ def test_the_snippet_runs_in_a_folder_that_is_not_the_checkout(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(spikeprompt.__file__).parents[1])}
     ran = subprocess.run([sys.executable, "-c", SNIPPET], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    assert "trainable params: " in ran.stdout and "done 599064" in ran.stdout
+    assert "trainable params: " in ran.stdout and "done 624864 200" in ran.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -64,7 +65,7 @@ def test_timm_loads_the_packaged_weights(name, images):
     packaged = create_backbone(name)
     model = timm.create_model(name, pretrained=True, num_classes=7).eval()
     assert model(images).shape == (len(images), 7)
-    headless = timm.create_model(name, pretrained=True).eval()
+    headless = timm.create_model(name, pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         assert torch.allclose(headless((images - 0.5) / 0.5), packaged(images), atol=1e-5)
 
@@ -219,7 +220,7 @@ def test_half_precision(method, prompted, images):
     "name, method",
     [
         ("pocket_resnet", "lor_vp"),
-        ("pocket_mixer", "linear_probe"),
+        ("pocket_mixer", "no_prompt"),
         ("pocket_vit", "spike_nvpt"),
         ("pocket_swin", "vpt"),
         ("test_vit", "lor_vp"),
@@ -242,6 +243,65 @@ def test_a_merged_model_is_timms_and_gives_the_same_logits(name, method, images)
     assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
     assert type(plain) is type(backbone)
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("name", pocket_names)
+def test_a_fine_tuned_model_is_its_backbone_with_other_weights(name, prompted, images):
+    model = prompted(name, "full_finetuning").eval()
+    backbone = model.backbone
+    before, classifier = fingerprint(backbone, classifier=True), {id(p) for p in backbone.classifier.parameters()}
+    copied = {key: p.numel() for key, p in backbone.model.named_parameters() if id(p) not in classifier}
+    assert {key: p.numel() for key, p in model.prompt.weights().items()} == copied
+    assert model.num_trainable_parameters()["prompt"] == sum(copied.values())
+    with model.disable_adapter():
+        bare = model.features(images)
+    assert torch.allclose(model.features(images), bare, atol=1e-5)  # the copies start as the backbone's own
+    with torch.no_grad():
+        for values in model.prompt.parameters():
+            values.mul_(1.05)
+    with torch.no_grad():
+        expected = model(images)
+        assert not torch.allclose(model.features(images), bare, rtol=0.01)
+        with model.disable_adapter():
+            assert torch.equal(model.features(images), bare)
+    assert fingerprint(backbone, classifier=True) == before
+    plain = model.merge_and_unload()
+    assert torch.allclose(plain((images - 0.5) / 0.5), expected, atol=1e-4 * expected.abs().max().item())
+    assert torch.allclose(backbone.eval()(images), bare, atol=1e-5) and fingerprint(backbone, classifier=True) == before
+
+
+def test_fine_tuning_takes_any_module_and_leaves_out_what_its_features_do_not_use(images):
+    own = Features()
+    own.unused = nn.Linear(8, 8)
+    described = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "num_features": 8, "input_size": (32, 32)}
+    model = get_prompted_model(own, FullFinetuningConfig(), 5, **described).train()
+    assert list(model.prompt.weights()) == ["conv.weight", "conv.bias", "norm.weight", "norm.bias"]
+    statistics = own.norm.running_mean.clone()
+    model.features(images).square().sum().backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.prompt.parameters()) and own.conv.weight.grad is None
+    assert torch.equal(own.norm.running_mean, statistics)
+    half = model.eval().to(torch.bfloat16)
+    assert half(images.bfloat16()).isfinite().all() and model.unload().conv.weight.dtype == torch.bfloat16
+
+
+def test_a_frozen_head_is_not_counted(prompted):
+    model = prompted("pocket_vit", "lor_vp")
+    assert model.num_trainable_parameters()["head"] == 10 * (128 + 1)
+    model.head.requires_grad_(False)
+    assert model.num_trainable_parameters()["head"] == 0
+
+
+def test_a_head_of_the_classifiers_rows_is_saved_like_any_other(prompted, images, tmp_path):
+    model, rows = prompted("pocket_vit", "lor_vp").eval(), torch.tensor([7, 150, 3])
+    classifier, head = model.backbone.classifier, Head(128, 3).requires_grad_(False)
+    head.linear.weight.copy_(classifier.weight[rows])
+    head.linear.bias.copy_(classifier.bias[rows])
+    model.head = head
+    model.save_pretrained(tmp_path)
+    with model.disable_adapter():
+        bare = model.backbone.model((images - 0.5) / 0.5)
+        assert torch.allclose(model(images), bare[:, rows], atol=1e-4)
+    assert torch.allclose(PromptedModel.from_pretrained(tmp_path)(images), model(images), atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -51,11 +51,13 @@ def test_numbers_are_the_reading_order():
 
 @pytest.fixture
 def checkout(tmp_path):
-    "A copy of what the command reads, with three notebooks: values, figures, and cells that are not executed."
+    "A copy of what the command reads, with the first notebooks: values, figures, and cells that are not executed."
     for name in (
         "nbs/00_config.ipynb",
         "nbs/01_engine.ipynb",
-        "nbs/02_datasets.ipynb",
+        "nbs/02_image_dataset.ipynb",
+        "nbs/03_sprites.ipynb",
+        "nbs/04_datasets.ipynb",
         "pyproject.toml",
         "README.md",
         "data.dvc",
@@ -66,7 +68,7 @@ def checkout(tmp_path):
     for name in ("tools", "data"):
         shutil.copytree(ROOT / name, tmp_path / name)
     (tmp_path / "spikeprompt").mkdir()
-    for name in ("config", "engine", "datasets"):
+    for name in ("config", "engine", "image_dataset", "sprites", "datasets"):
         shutil.copy(ROOT / f"spikeprompt/{name}.py", tmp_path / "spikeprompt")
     (tmp_path / "spikeprompt/__init__.py").write_text('__version__ = "0"\n')
     return tmp_path
@@ -135,7 +137,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_the_package(checkout, so
 
 @pytest.mark.slow
 def test_executing_twice_changes_nothing(checkout):
-    path = checkout / "nbs/02_datasets.ipynb"
+    path = checkout / "nbs/04_datasets.ipynb"
     nb = nbformat.read(path, 4)
     source = """import os, sys, warnings
 print(1, flush=True)

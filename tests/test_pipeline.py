@@ -11,12 +11,13 @@ import pytest
 import yaml
 
 from spikeprompt.config import project_root
-from spikeprompt.evaluation.scores import read_scores
+from spikeprompt.evaluation.scores import headroom, read_scores
+from spikeprompt.stages import RUN
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("pipeline")]
 TINY = {
     "backbones": {"names": ["pocket_vit"]},
-    "datasets": {"digits": {"n_train": 64, "n_val": 32, "n_test": 48}},
+    "datasets": {"sprites_position": {"n_train": 64, "n_val": 32, "n_test": 48}},
     "train": {"seeds": [0, 1], "epochs": 1, "head_c": [0.01]},
     "robustness": {
         "sigmas": [0.1],
@@ -26,7 +27,12 @@ TINY = {
         "attacked_images": 16,
         "faults": {"bit_flips": [0.1]},
     },
-    "methods": {"linear_probe": None, "lorsp": {"LoRSP-K1": {"rank": 1}, "LoRSP-K2": {"rank": 2}}, "spike_nvpt": None},
+    "methods": {
+        "no_prompt": None,
+        "lorsp": {"LoRSP-K1": {"rank": 1}, "LoRSP-K2": {"rank": 2}},
+        "spike_nvpt": None,
+        "full_finetuning": None,
+    },
 }
 
 
@@ -66,34 +72,42 @@ def copy(tmp_path_factory):
 
 def test_the_score_table_has_a_row_for_each_run_and_condition(copy):
     folder, _ = copy
-    table = read_scores(["linear_probe", "lorsp", "spike_nvpt", "raw_pixels"], folder / "results/scores")
-    runs = table.groupby(["dataset", "backbone", "variant", "seed"])
+    table = read_scores([*TINY["methods"], "raw_pixels"], folder / "results/scores")
+    runs = table.groupby(RUN)
     assert set(runs.size().groupby("variant").first().items()) == {
-        ("linear probe", 4),
+        ("no prompt", 4),
         ("LoRSP-K1", 4),
         ("LoRSP-K2", 4),
         ("Spike-NVPT", 5),
+        ("full fine-tuning", 4),
         ("raw pixels", 1),
     }  # only Spike-NVPT has bits to flip
+    assert set(table.mapping) == {"label", "linear"} and set(table[table.variant == "Spike-NVPT"].placement) == {"tokens"}
     assert set(table[table.variant == "Spike-NVPT"].corruption) == {"clean", "gaussian", "shot_noise", "fgsm", "bit_flips"}
     assert (table[table.variant == "LoRSP-K2"].prompt_parameters == 3 * 2 * 64).all()
-    assert table[(table.variant == "linear probe") & (table.kind == "clean")].accuracy.min() > 0.5  # ten classes, 64 images to learn from
     first = table[table.kind != "attack"]
     assert (first.correct.map(len) == 48).all() and (first.correct.map(lambda bits: bits.mean()) - first.accuracy).abs().max() < 1e-6
-    means = table[table.variant == "linear probe"].groupby("kind").accuracy.mean()
-    metrics = json.loads((folder / "results/metrics.json").read_text())["digits"]
-    assert metrics["linear probe"]["clean"] == pytest.approx(100 * means.clean, abs=0.01)
+    means = table[table.variant == "no prompt"].groupby(["mapping", "kind"]).accuracy.mean()
+    assert means["linear", "clean"] > 2 / 16  # twice chance, with 64 images to learn from
+    metrics = json.loads((folder / "results/metrics.json").read_text())
+    for mapping in "label", "linear":
+        assert metrics[mapping]["sprites_position"]["no prompt"]["clean"] == pytest.approx(100 * means[mapping, "clean"], abs=0.01)
 
 
 def test_verdicts_can_be_traced_to_the_scores(copy):
     folder, _ = copy
     compared = pd.read_csv(folder / "results/verdicts.csv")
-    table = read_scores(["linear_probe", "lorsp"], folder / "results/scores")
-    clean = table[table.kind == "clean"].groupby("variant").accuracy.mean()
-    row = compared[(compared.variant == "LoRSP-K2") & (compared.reference == "linear probe") & (compared.images == "clean")].iloc[0]
-    assert row.difference == pytest.approx(100 * (clean["LoRSP-K2"] - clean["linear probe"]), abs=0.01)
+    table = read_scores([*TINY["methods"]], folder / "results/scores")
+    counts = headroom(table).groupby("mapping").counts.any()
+    clean = table[table.kind == "clean"].groupby(["mapping", "variant"]).accuracy.mean()
+    assert set(compared.mapping) == {"label", "linear"}
+    rows = compared[(compared.variant == "LoRSP-K2") & (compared.reference == "no prompt") & (compared.images == "clean")]
+    for row in rows.itertuples():
+        difference = clean[row.mapping, "LoRSP-K2"] - clean[row.mapping, "no prompt"]
+        assert (row.verdict == "no headroom") == (not counts[row.mapping])
+        assert not counts[row.mapping] or row.difference == pytest.approx(100 * difference, abs=0.01)
     report = (folder / "results/report.ipynb").read_text()
-    assert all(verdict in report for verdict in compared.verdict.unique())
+    assert len(rows) == 2 and all(verdict in report for verdict in compared.verdict.unique())
 
 
 def test_the_report_reads_and_describes_only_what_was_run(copy):
@@ -101,13 +115,14 @@ def test_the_report_reads_and_describes_only_what_was_run(copy):
     cells = json.loads((folder / "results/report.ipynb").read_text())["cells"]
     outputs = [output for cell in cells if cell["cell_type"] == "code" for output in cell["outputs"]]
     said = json.dumps(outputs)
-    assert "LoRSP-K2" in said and "Logistic regression on raw pixels" in said and "Spike-NVPT" in said
+    assert "LoRSP-K2" in said and "ogistic regression on raw pixels" in said and "Spike-NVPT" in said
     assert "LoR-VP" not in said and "2203.12119" not in said
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     for name in "pareto", "robustness", "differences", "prompts":
-        assert (folder / f"results/figures/digits-{name}.svg").stat().st_size > 1000
-        assert f"figures/digits-{name}.svg" in said
-        assert (folder / f"results/figures/digits-{name}.pdf").read_bytes().startswith(b"%PDF")
+        for mapping in "label", "linear":
+            stem = f"figures/{mapping}-sprites_position-{name}"
+            assert (folder / f"results/{stem}.svg").stat().st_size > 1000 and f"{stem}.svg" in said
+            assert (folder / f"results/{stem}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_a_second_repro_runs_the_check_alone(copy):
@@ -127,7 +142,9 @@ def test_prose_and_docstrings_make_nothing_stale_and_a_constant_the_right_stages
     loop, notebook = folder / "spikeprompt/training/loop.py", folder / "nbs/pipeline/102_train.ipynb"
     code, cells = loop.read_text(), notebook.read_text()
     try:
-        loop.write_text(code.replace('"A copy of prompt and head."', '"Copies of both, prompt and head."'))
+        loop.write_text(
+            code.replace('"Train prompt and linear head, or the prompt alone', '"Train both, or under one protocol the prompt alone')
+        )
         notebook.write_text(cells.replace("# Train one method", "# How one method is trained"))
         assert loop.read_text() != code and notebook.read_text() != cells and stale() == set()
         loop.write_text(code.replace("[:256]", "[:128]"))
@@ -205,14 +222,20 @@ def test_a_method_added_by_a_notebook_appears_in_tables_and_figures(copy):
     assert "Offset" in (folder / "results/report.ipynb").read_text()
 
 
-def test_the_tuning_experiment_writes_what_it_tried(copy):
+def test_tuned_values_reach_the_runs_that_take_them(copy):
     folder, _ = copy
-    tuned = {"methods": {"linear_probe": None, "lor_vp": None, "vpt": None}, "train": {**TINY["train"], "seeds": [7]}}
-    (folder / "experiments/tuning/params.yaml").write_text(yaml.safe_dump({**TINY, **tuned, "tune": {"grid": [0.01, 0.1], "first": [0.1]}}))
+    searched = {"train": {**TINY["train"], "seeds": [7], "mappings": ["label"]}, "methods": {"no_prompt": None, "lorsp": None}}
+    tune = {"trials": 3, "space": {"lorsp": {"lr": [0.01, 1.0]}}}
+    (folder / "experiments/tuning/params.yaml").write_text(yaml.safe_dump({**TINY, **searched, "tune": tune}))
     done = call(folder, "dvc", "repro", "experiments/tuning/dvc.yaml")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    tried = {name: (folder / f"experiments/tuning/results/{name}.csv").read_text() for name in tuned["methods"]}
-    assert tried["linear_probe"].count("\n") == 1  # it has no learning rate of its own
-    for name in "lor_vp", "vpt":
-        table = pd.read_csv(folder / f"experiments/tuning/results/{name}.csv")
-        assert set(table.lr) == {0.01, 0.1} and set(table.seed) == {7} and table.val_accuracy.between(0, 1).all()
+    table = pd.read_csv(folder / "experiments/tuning/results/lorsp.csv")
+    assert len(table) == 3 and table.lr.between(0.01, 1).all() and table.val_accuracy.between(0, 1).all()
+    params(folder, tuned={"folder": "experiments/tuning/results", "like": {"LoRSP-K2": "LoRSP"}})
+    assert call(folder, "dvc", "repro", "check").returncode == 0
+    record = json.loads((folder / "runs/stages/train-lorsp.json").read_text())["config"]["tuned"]["values"]
+    stale = {name for name in json.loads(call(folder, "dvc", "status", "--json").stdout) if name.startswith("train")}
+    params(folder)
+    assert call(folder, "dvc", "repro", "check").returncode == 0
+    assert record["label"]["pocket_vit"]["LoRSP-K2"]["lr"] in set(table.lr[table.val_accuracy == table.val_accuracy.max()])
+    assert "LoRSP-K1" not in record["label"]["pocket_vit"] and stale == {"train@lorsp"}

@@ -7,15 +7,18 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from spikeprompt.evaluation.scores import synthetic_scores
+from spikeprompt.evaluation.scores import headroom, per_run, synthetic_scores
 from spikeprompt.evaluation.statistics import compare
 from spikeprompt.plots import (
     accuracy_map,
     alt_text,
+    convergence,
     density_gains,
     difference_map,
     draw_prompt,
     gallery,
+    headroom_plot,
+    of_placement,
     pareto,
     prompt_cell,
     readable,
@@ -23,19 +26,20 @@ from spikeprompt.plots import (
     save_figure,
     severity_curves,
     style,
+    tradeoff,
     variant_styles,
 )
 from spikeprompt.prompts.base import Prompt, method_class, packaged_methods
 from spikeprompt.prompts.tokens import TokenPrompt
 
-SIZES = {"linear probe": 0, "better": 400, "equal": 800, "worse": 8000}
+SIZES = {"no prompt": 0, "better": 400, "equal": 800, "worse": 8000, "full fine-tuning": 50_000}
 
 
 @pytest.fixture(scope="module")
 def scores():
-    "Two backbones on which prompts have different sizes, noise of two kinds and an attack on fewer images."
+    "Two backbones, tokens of one size and padding of another, with noise of two kinds and an attack on fewer images."
     style()
-    table = synthetic_scores({"better": 3, "equal": 0, "worse": -4}, backbones=2, images=200)
+    table = synthetic_scores({"better": 3, "equal": 0, "worse": -4}, backbones=2, images=200, padded=1)
     attacked = table[table.corruption == "clean"].assign(kind="attack", corruption="pgd", severity=0.01)
     table = pd.concat([table, attacked], ignore_index=True)
     doubled = 1 + (table.backbone == table.backbone.unique()[1])
@@ -48,7 +52,23 @@ def scores():
 
 @pytest.fixture(scope="module")
 def compared(scores):
-    return compare(scores, [(variant, "linear probe") for variant in ("better", "equal", "worse")], ("clean", "gaussian"))
+    return compare(scores, [(variant, "no prompt") for variant in ("better", "equal", "worse")], ("clean", "gaussian"))
+
+
+@pytest.fixture(scope="module")
+def history():
+    "Training losses that fall by a half over the last fifth with no prompt, by a fifth with a prompt."
+    epochs = np.arange(1, 11)
+    runs = [
+        pd.DataFrame({"epoch": epochs, "loss": np.where(epochs == 10, end, 1.0) + 0.1 * (seed - 1), "val_accuracy": 0.5}).assign(
+            mapping=mapping, dataset="toy", backbone=backbone, method=variant, variant=variant, seed=seed
+        )
+        for mapping in ("label", "linear")
+        for backbone in ("A", "B", "C")
+        for variant, end in {"no prompt": 0.5, "VPT": 0.8}.items()
+        for seed in range(3)
+    ]
+    return pd.concat(runs)
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +79,9 @@ def close():
 
 FIGURES = {
     "robustness": lambda scores, compared: robustness_curves(scores),
-    "severity": lambda scores, compared: severity_curves(scores, columns=2),
+    "severity": lambda scores, compared: severity_curves(of_placement(scores, "tokens"), columns=2),
+    "headroom": lambda scores, compared: headroom_plot(headroom(scores)),
+    "tradeoff": lambda scores, compared: tradeoff(scores),
     "pareto": lambda scores, compared: pareto(scores),
     "density": lambda scores, compared: density_gains(scores),
     "differences": lambda scores, compared: difference_map(compared),
@@ -88,15 +110,18 @@ def test_an_alt_text_is_kept_to_the_letter_and_is_required(tmp_path):
         alt_text(tmp_path / "old.svg")
 
 
-def test_variants_are_told_apart_without_colour_and_the_probe_is_grey():
-    styles = variant_styles([*"abcdefghijkl", "linear probe", "raw pixels", "a"])
-    assert len(styles) == 14 and len({look["marker"] for look in styles.values()}) == 14
-    assert list(styles)[0] == "linear probe" and float(styles["linear probe"]["color"])
+def test_variants_are_told_apart_without_colour_and_the_references_are_grey():
+    styles = variant_styles([*"abcdefghijkl", "full fine-tuning", "no prompt", "raw pixels", "a"])
+    assert len(styles) == 15 and len({look["marker"] for look in styles.values()}) == 15
+    assert list(styles)[:3] == ["no prompt", "full fine-tuning", "raw pixels"]
+    assert all(float(look["color"]) for look in list(styles.values())[:3])
     assert "raw pixels" not in variant_styles(["a"])
 
 
 def test_readable_names():
-    assert [readable(name) for name in ("fashion_mnist", "shot_noise", "fault: quantise")] == [
+    assert [readable(name) for name in ("label", "linear", "fashion_mnist", "shot_noise", "fault: quantise")] == [
+        "label mapping",
+        "linear head",
         "Fashion-MNIST",
         "shot noise",
         "quantised prompt",
@@ -137,7 +162,7 @@ def test_each_condition_has_a_row_that_starts_at_the_clean_accuracy(scores):
 
 
 def test_faults_keep_their_order_from_mild_to_strong(scores):
-    stored = scores[(scores.kind == "clean") & (scores.variant != "linear probe")]
+    stored = scores[(scores.kind == "clean") & (scores.variant != "no prompt")]
     faults = [stored.assign(kind="fault", corruption="quantise", severity=float(level)) for level in (8, 4, 2)]
     ax = robustness_curves(pd.concat([scores[scores.kind == "clean"], *faults])).axes[0]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "8", "4", "2"] and ax.get_xlabel() == "bits"
@@ -152,21 +177,111 @@ def test_clean_scores_alone_have_one_row_and_no_curves(scores):
 
 
 def test_raw_pixels_need_no_backbone_of_their_own(scores):
-    probe = scores[(scores.variant == "linear probe") & (scores.backbone == scores.backbone.unique()[0])]
-    raw = probe.assign(variant="raw pixels", method="raw_pixels", backbone="none", prompt_parameters=0)
+    none = scores[(scores.variant == "no prompt") & (scores.backbone == scores.backbone.unique()[0])]
+    raw = none.assign(variant="raw pixels", method="raw_pixels", backbone="none", prompt_parameters=0)
     both = pd.concat([scores, raw])
     assert len(robustness_curves(both).axes) == len(robustness_curves(scores).axes)
     assert len(pareto(both).axes) == len(pareto(scores).axes) and "raw pixels" in pareto(both).get_label()
 
 
 def test_marks_of_the_difference_map_are_the_verdicts(compared):
+    part = compared[compared.placement == "tokens"]
     verdicts = ["significantly better", "equivalent", "significantly worse", "not significant", "not significant", "significantly worse"]
-    marked = compared.assign(verdict=verdicts, equivalent=[False, True, False, False, False, True])
+    marked = part.assign(verdict=verdicts, equivalent=[False, True, False, False, False, True], difference=[1.0, 2, 3, 4, 5, 6])
     cells = difference_map(marked).axes[0].texts
-    found = {(" ".join(cell.get_text().split()[1:]), cell.get_fontweight()) for cell in cells}
-    assert found == {("•", "bold"), ("≈", "normal"), ("", "normal"), ("• ≈", "bold")}
-    with pytest.raises(ValueError, match="allowed are linear probe"):
+    found = {(*cell.get_text().split(), cell.get_fontweight()) for cell in cells}
+    assert found == {
+        ("+1.0", "•", "bold"),
+        ("+2.0", "≈", "normal"),
+        ("+3.0", "•", "bold"),
+        ("+4.0", "normal"),
+        ("+5.0", "normal"),
+        ("+6.0", "•", "≈", "bold"),
+    }
+    with pytest.raises(ValueError, match="allowed are no prompt"):
         difference_map(compared, "VPT-deep")
+
+
+def test_a_cell_without_headroom_has_no_number(compared):
+    none = compared.variant.eq("better") & compared.placement.eq("tokens")
+    marked = compared.assign(verdict=np.where(none, "no headroom", "not significant"), difference=compared.difference.mask(none))
+    last = (compared.variant == "worse") & (compared.placement == "padding") & (compared.images == "gaussian")
+    marked.loc[last, ["verdict", "difference"]] = "significantly worse", -7.0
+    figure = difference_map(marked.assign(equivalent=False))
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()][:2] == ["better as tokens", "better as padding"]
+    texts = figure.axes[0].texts
+    assert len(texts) == 10 and [cell.get_text() for cell in texts if cell.get_fontweight() == "bold"] == ["-7.0 •"]
+    assert "2 no headroom" in figure.get_label()
+    nothing = difference_map(marked.assign(equivalent=False, difference=np.nan, verdict="no headroom"))
+    assert not nothing.axes[0].texts and "12 no headroom" in nothing.get_label()
+
+
+def test_headroom_is_shown_cell_by_cell_and_pale_without_it():
+    cells = pd.DataFrame(
+        [
+            ["label", "toy", "A", 20.0, 60.0, "VPT", 70.0, 50.0, True],
+            ["label", "toy", "B", 30.0, np.nan, "", 31.0, 1.0, False],
+            ["linear", "toy", "A", 40.0, 44.0, "VPT", np.nan, 4.0, True],
+        ],
+        columns=["mapping", "dataset", "backbone", "no_prompt", "dense", "dense_variant", "full_finetuning", "headroom", "counts"],
+    )
+    figure = headroom_plot(cells)
+    assert [ax.get_title() for ax in figure.axes] == ["label mapping, toy", "linear head, toy"]
+    marked = lambda ax, y: [line for line in ax.lines if line.get_marker() != "None" and list(line.get_ydata()) == [y]]
+    shown = {y: [line.get_xdata()[0] for line in marked(figure.axes[0], y)] for y in (0, 1)}
+    np.testing.assert_array_equal([shown[0], shown[1]], [[20, 60, 70], [30, np.nan, 31]])
+    assert {line.get_alpha() for line in marked(figure.axes[0], 0)} == {1.0} != {line.get_alpha() for line in marked(figure.axes[0], 1)}
+    assert "2 of 3 cells have headroom; pale, without it: B (label mapping, toy)." in figure.get_label()
+    alone = headroom_plot(cells.head(1).assign(dense=np.nan))
+    assert "best dense prompt" not in alone.get_label() and alone.get_label().endswith("1 of 1 cells have headroom.")
+
+
+def test_references_are_averaged_over_the_backbones_of_a_placement(scores):
+    assert set(of_placement(scores, "padding").backbone) == {"backbone 1"}
+    assert set(of_placement(scores, "padding").placement) == {"none", "weights", "padding"}
+    for placement, ax, backbone in zip(("tokens", "padding"), tradeoff(scores).axes, scores.backbone.unique()):
+        means = per_run(scores).query("backbone == @backbone").groupby("variant")[["clean", "corrupted"]].mean()
+        drawn = [line.get_xydata()[0] for line in ax.lines if line.get_marker() != "None"]
+        assert ax.get_title() == placement and len(drawn) == len(means)
+        np.testing.assert_allclose(sorted(map(tuple, drawn)), sorted(map(tuple, means.to_numpy())))
+
+
+def test_variants_of_a_method_are_joined(scores):
+    swept = scores.assign(method=scores.method.replace({"better": "lorsp", "worse": "lorsp"}))
+    joined = lambda figure: [line for line in figure.axes[0].lines if line.get_marker() == "None" and len(line.get_xdata()) > 1]
+    assert [len(line.get_xdata()) for line in joined(tradeoff(swept))] == [2] and not joined(tradeoff(scores))
+
+
+def test_a_tradeoff_needs_noise_and_no_prompts(scores):
+    with pytest.raises(ValueError, match="there is no noise"):
+        tradeoff(scores[scores.kind == "clean"])
+    bare = tradeoff(scores[scores.placement.isin(["none", "weights"])])
+    assert len(bare.axes) == 1 and len(points(bare.axes[0])) == 2
+
+
+def test_tokens_and_padding_have_no_common_mean(scores):
+    with pytest.raises(ValueError, match="the placements tokens, padding have no common mean"):
+        severity_curves(scores)
+
+
+def test_convergence_has_a_row_for_each_mapping_and_a_column_for_each_backbone(history):
+    figure = convergence(history)
+    axes = np.array(figure.axes).reshape(2, 3)
+    assert [ax.get_title() for ax in axes[0]] == ["A", "B", "C"]
+    assert [row[0].get_ylabel() for row in axes] == ["label mapping\ntraining loss", "linear head\ntraining loss"]
+    for ax in axes.flat:
+        ends = {round(line.get_ydata()[-1], 6) for line in ax.lines}
+        lows = {round(band.get_paths()[0].vertices[:, 1].min(), 6) for band in ax.collections}
+        assert ends == {0.5, 0.8} and lows == {0.4, 0.7}  # mean and range of the seeds
+    assert figure.get_label().endswith("over the last fifth of the epochs it changes by -50 to -20 %.")
+
+
+def test_chosen_variants_keep_their_style_in_the_convergence(history):
+    chosen = convergence(history, ["VPT"])
+    assert {line.get_color() for line in chosen.axes[0].lines} == {variant_styles(history.variant)["VPT"]["color"]}
+    assert "for VPT on" in chosen.get_label() and "-20 to -20 %" in chosen.get_label()
+    short = convergence(history[history.epoch == 1])
+    assert "it changes by +0 to +0 %" in short.get_label()
 
 
 def test_accuracy_map_names_the_best_setting():

@@ -9,8 +9,8 @@ import torch
 
 from spikeprompt.config import ConfigError
 from spikeprompt.evaluation.scores import (
-    RUN,
     calibration_error,
+    headroom,
     pack,
     per_run,
     read_scores,
@@ -20,6 +20,7 @@ from spikeprompt.evaluation.scores import (
     unpack,
     write_scores,
 )
+from spikeprompt.stages import RUN
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def test_score_of_known_logits():
 def test_a_table_comes_back_in_the_order_of_the_methods(scores, tmp_path):
     for method, part in scores.groupby("method"):
         write_scores(part, tmp_path / f"{method}.csv.gz")
-    again = read_scores(["linear_probe", "equal", "better"], tmp_path)
-    assert list(again.method.unique()) == ["linear_probe", "equal", "better"]
+    again = read_scores(["no_prompt", "equal", "better"], tmp_path)
+    assert list(again.method.unique()) == ["no_prompt", "equal", "better"]
     expected = pd.concat([scores[scores.method == method] for method in again.method.unique()], ignore_index=True)
     assert all((a == b).all() for a, b in zip(again.correct, expected.correct))
     pd.testing.assert_frame_equal(again.drop(columns="correct"), expected[again.columns].drop(columns="correct"), rtol=1e-5)
@@ -85,9 +86,9 @@ def test_a_file_is_written_whole_or_not_at_all(scores, tmp_path, monkeypatch):
 
 
 def test_a_variant_may_be_called_what_pandas_takes_for_missing(scores, tmp_path):
-    write_scores(scores[scores.method == "better"].assign(variant="NA", backbone="none"), tmp_path / "better.csv.gz")
+    write_scores(scores[scores.method == "better"].assign(variant="NA", backbone="none", placement="none"), tmp_path / "better.csv.gz")
     again = read_scores(["better"], tmp_path)
-    assert set(again.variant) == {"NA"} and set(again.backbone) == {"none"}
+    assert set(again.variant) == {"NA"} and set(again.backbone) == set(again.placement) == {"none"}
 
 
 def test_a_missing_file_is_named_in_one_line(tmp_path):
@@ -98,32 +99,43 @@ def test_a_missing_file_is_named_in_one_line(tmp_path):
 def test_measures_of_a_run_by_hand(scores):
     run = (scores.backbone == "backbone 1") & (scores.seed == 2)
     at = scores[run].set_index(["variant", "kind", "corruption", "severity"]).accuracy.sort_index()
-    own, probe = at["better"], at["linear probe"]
+    own, none = at["better"], at["no prompt"]
     names = ("gaussian", "shot_noise")
     row = per_run(scores).query("variant == 'better' and backbone == 'backbone 1' and seed == 2").iloc[0]
     assert row.clean == pytest.approx(100 * own["clean"].item())
     assert row.gaussian == pytest.approx(100 * own["noise", "gaussian"].mean())  # not the fault of the same name
     assert row.corrupted == pytest.approx(100 * np.mean([own["noise", name].mean() for name in names]))
     assert row.retention == pytest.approx(100 * row.corrupted / row.clean)
-    assert row.mce == pytest.approx(100 * np.mean([(1 - own["noise", n]).sum() / (1 - probe["noise", n]).sum() for n in names]))
+    assert row.mce == pytest.approx(100 * np.mean([(1 - own["noise", n]).sum() / (1 - none["noise", n]).sum() for n in names]))
     lost = lambda scored, name: (scored["clean"].item() - scored["noise", name]).sum()
-    assert row.relative_mce == pytest.approx(100 * np.mean([lost(own, name) / lost(probe, name) for name in names]))
+    assert row.relative_mce == pytest.approx(100 * np.mean([lost(own, name) / lost(none, name) for name in names]))
 
 
 def test_the_reference_has_all_of_its_errors(scores):
-    probe = per_run(scores)[lambda runs: runs.variant == "linear probe"]
-    np.testing.assert_allclose(probe[["mce", "relative_mce"]], 100)
+    none = per_run(scores)[lambda runs: runs.variant == "no prompt"]
+    np.testing.assert_allclose(none[["mce", "relative_mce"]], 100)
+
+
+def test_the_reference_is_of_the_same_mapping_and_dataset(scores):
+    "Doubled errors of no prompt with another mapping and on another dataset halve the error ratios there, and nowhere else."
+    halved = scores.assign(accuracy=np.where(scores.variant == "no prompt", 1 - (1 - scores.accuracy) * 2, scores.accuracy))
+    three = pd.concat([scores, halved.assign(mapping="linear"), halved.assign(dataset="other")])
+    alone, parts = per_run(scores), per_run(three).groupby(["mapping", "dataset"], sort=False)
+    own = alone.variant == "better"
+    for name, factor in {("label", "toy"): 1, ("linear", "toy"): 0.5, ("label", "other"): 0.5}.items():
+        np.testing.assert_allclose(parts.get_group(name).mce.to_numpy()[own], factor * alone.mce[own])
 
 
 def test_a_run_keeps_its_properties(scores):
     runs = per_run(scores)
     assert len(runs) == len(scores[RUN].drop_duplicates())
-    assert (runs.epoch == 3).all() and runs.prompt_parameters.notna().equals(runs.variant == "better")
+    assert (runs.epoch == 3).all() and set(runs.placement[runs.variant == "better"]) == {"tokens"}
+    assert runs.prompt_parameters.notna().equals(runs.variant == "better")
 
 
 def test_runs_without_noise_or_reference_have_gaps_not_errors(scores):
-    raw = scores[(scores.kind == "clean") & (scores.variant == "linear probe")].assign(
-        method="raw_pixels", variant="raw pixels", backbone="none"
+    raw = scores[(scores.kind == "clean") & (scores.variant == "no prompt")].assign(
+        mapping="linear", method="raw_pixels", variant="raw pixels", backbone="none"
     )
     runs = per_run(pd.concat([scores, raw.head(1)])).set_index("variant").loc[["raw pixels"]]
     assert runs.clean.notna().all() and runs[["corrupted", "mce", "ece_corrupted"]].isna().all(axis=None)
@@ -131,11 +143,60 @@ def test_runs_without_noise_or_reference_have_gaps_not_errors(scores):
     assert per_run(scores[scores.variant == "better"]).mce.isna().all()
 
 
-def test_summary_has_a_row_for_each_dataset_backbone_and_variant(scores):
-    table = summary(scores)
-    assert list(table.index.names) == ["dataset", "backbone", "variant"] and len(table) == 6
-    row = table.loc["toy", "backbone 0", "better"]
+def cells(gains, **settings):
+    "Synthetic scores of two backbones with exact accuracies: `gains` points over 70 %, the method in place of the name."
+    table = synthetic_scores(dict.fromkeys(gains, 0), backbones=2, images=100, seeds=2, **settings)
+    own = table.variant.map({"no prompt": 0.0, "full fine-tuning": 2.5} | {name: gain for name, (_, gain) in gains.items()})
+    methods = table.method.replace({name: method for name, (method, _) in gains.items()})
+    return table.assign(accuracy=0.7 + own / 100 + 0.01 * table.seed, method=methods)
+
+
+def test_headroom_is_over_no_prompt_to_the_better_of_dense_prompts_and_fine_tuning():
+    gains = {"LoR-VP": ("lor_vp", 1.0), "VPT-deep": ("vpt", 4.0), "VPT-shallow": ("vpt", 3.5), "LoRSP": ("lorsp", 9.0)}
+    table = cells(gains)
+    table.loc[(table.backbone == "backbone 1") & (table.method == "vpt"), "accuracy"] -= 0.05
+    table.loc[table.kind != "clean", "accuracy"] = 0.0  # noise plays no role
+    found = headroom(table).set_index("backbone")
+    assert found.dense_variant.to_dict() == {"backbone 0": "VPT-deep", "backbone 1": "LoR-VP"}
+    np.testing.assert_allclose(found[["no_prompt", "dense", "full_finetuning", "headroom"]], [[70.5, 74.5, 73, 4], [70.5, 71.5, 73, 2.5]])
+    assert found.counts.to_dict() == {"backbone 0": True, "backbone 1": False}
+    assert headroom(table, least=2.5).counts.all() and not headroom(table, least=4.1).counts.any()
+
+
+def test_headroom_is_of_each_mapping_and_dataset():
+    low, high = cells({}), cells({"VPT": ("vpt", 5.0)})
+    found = headroom(pd.concat([low, high.assign(mapping="linear"), high.assign(dataset="other")]))
+    assert found[["mapping", "dataset", "backbone"]].drop_duplicates().shape == (6, 3)
+    assert found.groupby(["mapping", "dataset"]).counts.sum().to_dict() == {
+        ("label", "toy"): 0,
+        ("linear", "toy"): 2,
+        ("label", "other"): 2,
+    }
+
+
+def test_missing_methods_are_gaps_in_the_headroom():
+    table = cells({"VPT": ("vpt", 5.0)})
+    tuned, dense = headroom(table[table.method != "vpt"]), headroom(table[table.variant != "full fine-tuning"])
+    assert tuned.dense.isna().all() and set(tuned.dense_variant) == {""} and not tuned.counts.any()
+    np.testing.assert_allclose(tuned.headroom, 2.5)
+    assert dense.full_finetuning.isna().all() and dense.counts.all()
+    for absent in ("no prompt", ["VPT", "full fine-tuning"]):
+        left = headroom(table[~table.variant.isin(np.atleast_1d(absent))])
+        assert left.headroom.isna().all() and not left.counts.any()
+
+
+@pytest.mark.parametrize("points", [3, 6, 12])
+def test_a_gain_of_just_enough_points_counts(points):
+    table = cells({"VPT": ("vpt", float(points))})
+    assert headroom(table, least=points).counts.all()  # whatever 0.7 + 0.03 is in floating point
+
+
+def test_summary_has_a_row_for_each_mapping_dataset_backbone_and_variant(scores):
+    table = summary(pd.concat([scores, scores.assign(mapping="linear")]))
+    assert list(table.index.names) == ["mapping", "dataset", "backbone", "variant"] and len(table) == 16
+    row = table.loc["linear", "toy", "backbone 0", "better"]
     runs = per_run(scores).query("variant == 'better' and backbone == 'backbone 0'").clean
     assert row["clean %"] == f"{runs.mean():.1f} ± {runs.std():.1f}" and row["prompt parameters"] == "2812345"
-    assert table.loc[("toy", "backbone 0", "equal"), "prompt parameters"] == ""
+    assert row.placement == "tokens"
+    assert table.loc[("label", "toy", "backbone 0", "equal"), "prompt parameters"] == ""
     assert "±" not in summary(scores[scores.seed == 0])["clean %"].iloc[0]

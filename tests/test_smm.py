@@ -8,16 +8,10 @@ from torch import nn
 from spikeprompt.backbones.loader import Backbone, create_backbone
 from spikeprompt.baselines.smm import SMM, SMMConfig, mask_network
 from spikeprompt.config import ConfigError
-from spikeprompt.datasets import read_digits
 from spikeprompt.model import Head, PromptedModel
 from spikeprompt.prompts.base import num_parameters
 from spikeprompt.robustness.faults import faulty
 from spikeprompt.training.head import outputs
-
-
-@pytest.fixture(scope="module")
-def images():
-    return torch.from_numpy(read_digits().x_train[:16]).expand(-1, 3, -1, -1) / 255
 
 
 @pytest.fixture

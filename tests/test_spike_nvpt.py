@@ -9,13 +9,10 @@ import torch
 from spikeprompt.backbones.loader import Backbone, create_backbone
 from spikeprompt.config import ConfigError, parse_config
 from spikeprompt.controls.spike_nvpt import (
-    RandomBits,
-    RandomBitsConfig,
     StraightThrough,
     StraightThroughConfig,
     VPTNoise,
     VPTNoiseConfig,
-    VPTWeightDecayConfig,
 )
 from spikeprompt.methods.spike_nvpt import (
     VARIANTS,
@@ -25,7 +22,7 @@ from spikeprompt.methods.spike_nvpt import (
     signal_filtering_layer,
     spike_discretization_unit,
 )
-from spikeprompt.prompts.base import num_parameters
+from spikeprompt.prompts.base import create_prompt, num_parameters
 from spikeprompt.prompts.tokens import token_statistics
 
 SCALINGS = ["matched", "fixed", "raw", "learned"]
@@ -231,11 +228,12 @@ def test_straight_through_bits_are_those_of_a_constant_current():
     assert (control.latents[0].latent.grad == 1).all()
 
 
-def test_random_bits_do_not_learn():
-    sizes = [num_parameters(RandomBits(RandomBitsConfig(), create_backbone(name))) for name in ("pocket_vit", "pocket_resnet")]
-    assert sizes == [0, 6]  # a padding has two colours a channel
-    with pytest.raises(ConfigError, match="here.rate_penalty = 1.0"):
-        parse_config(RandomBitsConfig, {"rate_penalty": 1.0}, "here")
+@pytest.mark.parametrize("name", ["pocket_vit", "pocket_resnet"])
+def test_random_bits_are_the_untrained_prompt(name):
+    torch.manual_seed(0)
+    random = create_prompt(SpikeNVPTConfig(trainable=False, variant="constant"), create_backbone(name)).train()
+    assert torch.equal(random.discrete_state(), spiking(name, variant="constant").discrete_state())
+    assert not random.prompt_tokens(0).requires_grad and torch.equal(random.prompt_tokens(0), random.eval().prompt_tokens(0))
 
 
 def test_noise_on_dense_prompts_is_relative_to_them_and_falls_to_zero():
@@ -247,9 +245,3 @@ def test_noise_on_dense_prompts_is_relative_to_them_and_falls_to_zero():
         noise = (prompt.prompt_tokens(0) - prompt.values[0]).std().item()
         assert noise == pytest.approx(0.5 * (1 - progress) * rms, rel=0.05)
     assert set(prompt.deployed_state()) == {f"values.{layer}" for layer in range(4)}
-
-
-def test_vpt_with_weight_decay_needs_some():
-    assert VPTWeightDecayConfig().weight_decay > 0
-    with pytest.raises(ConfigError, match="here.weight_decay = 0.0"):
-        parse_config(VPTWeightDecayConfig, {"weight_decay": 0.0}, "here")

@@ -27,25 +27,53 @@ from spikeprompt.evaluation.statistics import (
 SPREADS = {  # standard deviations over seeds in points: of the reference, then of each method
     "equal": [0.5] * 6,
     "noisy method": [0.3] * 5 + [1.5],
+    "noisy tokens": [0.3] * 2 + [1.5] + [0.3] * 3,
     "quiet reference": [0.1, 0.3, 0.3, 0.5, 0.8, 1.5],
     "noisy reference": [1.5] + [0.3] * 5,
 }
 
 
-def family(rng, spreads, backbones=5, seeds=3, images=40, image_spread=1.0, shared=0.0, uneven=0.0, gain=0.0):
-    "Every method against the first and the second: nine comparisons; `gain` points are true of the last method only."
+PLACES = {"tokens": (0, 1, 2), "padding": (0, 1, 2), "pixels": (0, 3, 4), "weights": (0, 5)}  # reference and methods of each placement
+LAYOUTS = [(1, 1), (1, 2), (2, 2), (2, 3)]  # backbones with tokens, with padding
+
+
+def accuracies(rng, spreads, backbones=5, seeds=3, images=40, image_spread=1.0, shared=0.0, uneven=0.0, gain=0.0):
+    "A [methods, backbones, seeds, images] without true differences, but for `gain` points of the last method."
     methods = len(spreads)
     per_backbone = np.exp(uneven * rng.normal(size=(methods, backbones, 1))) * rng.normal(size=(methods, backbones, seeds))
     of_seeds = np.array(spreads)[:, None, None] * (per_backbone + shared * rng.normal(size=(methods, 1, seeds)))
     of_images = rng.normal(0, image_spread, (methods, 1, 1, images)) + rng.normal(0, image_spread, (methods, backbones, seeds, images))
     A = (of_seeds[..., None] + of_images) / 100
     A[-1] += gain / 100
-    return {(m, reference): A[m] - A[reference] for reference in (0, 1) for m in range(reference + 1, methods)}
+    return A
+
+
+def family(rng, spreads, **kind):
+    "Every method against the first and the second: nine comparisons."
+    A = accuracies(rng, spreads, **kind)
+    return {(m, reference): A[m] - A[reference] for reference in (0, 1) for m in range(reference + 1, len(A))}
+
+
+def bench(rng, spreads, layout, **kind):
+    "Ten comparisons as `compare` makes them: of tokens, of padding, of prompts on pixels and of fine-tuning."
+    A, tokens = accuracies(rng, spreads, sum(layout), **kind), layout[0]
+    on = {"tokens": slice(tokens), "padding": slice(tokens, None)}
+    differences = {
+        (m, reference, place): (A[m] - A[reference])[on.get(place, slice(None))]
+        for place, methods in PLACES.items()
+        for reference, m in itertools.combinations(methods, 2)
+    }
+    return differences, [place for *_, place in differences]
+
+
+def claims(table):
+    "Whether any difference of a family is called significant."
+    return table.verdict.str.startswith("significantly").any()
 
 
 def count_false_claims(families, rng, **kind):
     "Families of null differences in which any is called significant."
-    return sum(verdicts(family(rng, **kind)).verdict.str.startswith("significantly").any() for _ in range(families))
+    return sum(claims(verdicts(family(rng, **kind))) for _ in range(families))
 
 
 def holds(wrong, of, rate=0.05):
@@ -63,8 +91,8 @@ def many():
 
 @pytest.fixture(scope="module")
 def scores():
-    "Scores with an attack on fewer images and a fault that is called like a corruption."
-    table = synthetic_scores({"better": 3, "equal": 0}, images=400)
+    "Scores with an attack on fewer images and a fault that is called like a corruption; the last two backbones take padding."
+    table = synthetic_scores({"better": 3, "equal": 0}, images=400, padded=2)
     clean = table[table.kind == "clean"]
     attack = clean.assign(kind="attack", corruption="pgd", severity=0.01, correct=clean.correct.map(lambda bits: bits[:100]))
     fault = clean.assign(kind="fault", corruption="gaussian", severity=0.5, correct=clean.correct.map(lambda bits: ~bits))
@@ -165,6 +193,37 @@ def test_false_claims_at_three_seeds_whatever_the_variances(spreads, backbones, 
     assert holds(wrong, 500), f"{wrong} of 500 families"
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_false_claims_by_placement(layout):
+    "With the seeds' variance pooled within a placement, on two to five backbones."
+    rng = np.random.default_rng(0)
+    wrong = sum(claims(verdicts(*bench(rng, SPREADS["equal"], layout))) for _ in range(200))
+    assert holds(wrong, 200), f"{wrong} of 200 families"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spreads", SPREADS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shared, uneven", [(0, 0), (0.5, 1)])
+def test_false_claims_by_placement_whatever_the_variances(spreads, layout, shared, uneven):
+    rng = np.random.default_rng(2)
+    wrong = sum(claims(verdicts(*bench(rng, SPREADS[spreads], layout, shared=shared, uneven=uneven))) for _ in range(500))
+    assert holds(wrong, 500), f"{wrong} of 500 families"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("control", [1.5, 3.0])
+def test_false_claims_on_backbones_chosen_by_headroom(control):
+    "Full fine-tuning gains about as much as counts, so that chance decides which backbones enter; the other methods gain nothing."
+    wrong = compared = 0
+    for draw in range(100):
+        made = synthetic_scores({"VPT": 0, "spiking": 0}, images=200, seed_spread=1.0, padded=3, control=control, rng=draw)
+        made["method"] = made.method.replace("VPT", "vpt")
+        table = compare(made, [("VPT", "no prompt"), ("spiking", "no prompt"), ("spiking", "VPT")])
+        wrong, compared = wrong + claims(table), compared + table.backbones.between(1, 2).any()
+    assert compared > 50 and holds(wrong, 100), f"{wrong} of 100 families"
+
+
 @pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])
 def test_power_on_five_backbones(gain, found, at_least):
     "Seeds that spread by half a point: nine comparisons still find two points, and often that there is no difference of one."
@@ -192,14 +251,14 @@ def test_intervals_hold_the_truth_on_scores_of_zeros_and_ones():
     for draw in range(100):
         made = synthetic_scores({"better": 3, "equal": 0}, backbones=3, images=400, rng=draw)
         A = image_accuracy(made[made.kind == "clean"], "clean")
-        table = verdicts({v: paired_differences(A, v, "linear probe") for v in ("better", "equal")})
+        table = verdicts({v: paired_differences(A, v, "no prompt") for v in ("better", "equal")})
         truth = pd.Series({"better": 3.0, "equal": 0.0})
         held.append(((table.low <= truth) & (truth <= table.high)).all())
     assert holds(100 - sum(held), 100)
 
 
 def test_no_verdict_from_one_seed(scores):
-    table = compare(scores[scores.seed == 0], [("better", "linear probe")])
+    table = compare(scores[scores.seed == 0], [("better", "no prompt")])
     assert set(table.verdict) == {"no verdict (one seed)"}
     assert table[["low", "high", "mdd", "p"]].isna().all(axis=None) and not table.equivalent.any()
     assert "one seed allows no verdict" in sentence(table)
@@ -225,8 +284,8 @@ def test_images_are_named_by_condition(scores):
 
 
 def test_differences_are_paired_whatever_the_order_of_the_rows(scores):
-    one = paired_differences(image_accuracy(scores, "clean"), "better", "linear probe")
-    other = paired_differences(image_accuracy(scores.sample(frac=1, random_state=0), "clean"), "better", "linear probe")
+    one = paired_differences(image_accuracy(scores, "clean"), "better", "no prompt")
+    other = paired_differences(image_accuracy(scores.sample(frac=1, random_state=0), "clean"), "better", "no prompt")
     assert one.shape == (5, 3, 400) and (one == other).all()
 
 
@@ -237,39 +296,110 @@ def test_runs_that_cannot_be_paired_are_refused(scores):
     for pair in ("equal", "better"), ("better", "equal"):
         with pytest.raises(ValueError, match="not run on the same backbones with the same seeds"):
             paired_differences(A, *pair)
-    with pytest.raises(ValueError, match="variant 'worse' has no scores; there are better, equal, linear probe"):
+    with pytest.raises(ValueError, match="variant 'worse' has no scores; there are better, equal, full fine-tuning, no prompt"):
         paired_differences(A, "worse", "better")
 
 
-def test_comparisons_of_a_dataset_are_one_family(scores):
-    wanted = [("better", "linear probe"), ("equal", "linear probe")]
-    two = pd.concat([scores, scores.assign(dataset="other")])
-    table, alone = compare(two, wanted, ("clean", "pgd")), compare(scores, wanted, ("clean",))
-    assert list(table.columns[:4]) == ["dataset", "variant", "reference", "images"] and len(table) == 8
-    parts = [part.drop(columns="dataset").reset_index(drop=True) for _, part in table.groupby("dataset", sort=False)]
-    pd.testing.assert_frame_equal(*parts)
-    assert (table[table.images == "clean"].high.iloc[:2].to_numpy() > alone.high.to_numpy()).all()
+def test_comparisons_with_one_mapping_on_one_dataset_are_one_family(scores):
+    wanted = [("better", "no prompt"), ("equal", "no prompt")]
+    three = pd.concat([scores, scores.assign(dataset="other"), scores.assign(mapping="linear")])
+    table, alone = compare(three, wanted, ("clean", "pgd")), compare(scores, wanted, ("clean",))
+    assert list(table.columns[:7]) == ["mapping", "dataset", "variant", "placement", "reference", "images", "backbones"]
+    assert len(table) == 24
+    parts = [part.drop(columns=["mapping", "dataset"]).reset_index(drop=True) for _, part in table.groupby(["mapping", "dataset"])]
+    assert len(parts) == 3
+    for part in parts[1:]:
+        pd.testing.assert_frame_equal(part, parts[0])
+    assert (parts[0][parts[0].images == "clean"].high.to_numpy() > alone.high.to_numpy()).all()
 
 
-def test_pairs_are_with_the_linear_probe_and_the_reference_method():
-    methods = {"linear_probe": {"linear probe": {}}, "vpt": {"VPT": {}, "VPT-shallow": {}}, "spike_nvpt": {"Spike-NVPT": {}}}
-    expected = [("VPT", "linear probe"), ("VPT-shallow", "linear probe")]
-    expected += [("Spike-NVPT", reference) for reference in ("linear probe", "VPT", "VPT-shallow")]
-    assert pairs(methods, {"vpt": "linear_probe", "spike_nvpt": "vpt"}) == expected
+def test_tokens_and_padding_are_compared_apart(scores):
+    table = compare(scores, [("better", "equal"), ("better", "no prompt")], ("clean",))
+    assert table.placement.tolist() == ["tokens", "padding"] * 2 and table.backbones.tolist() == [3, 2] * 2
+    clean = 100 * scores[scores.kind == "clean"].groupby(["backbone", "variant"]).accuracy.mean().unstack()
+    by_hand = clean.better - clean["equal"], clean.better - clean["no prompt"]
+    expected = [gains[list(part)].mean() for gains in by_hand for part in (clean.index[:3], clean.index[3:])]
+    np.testing.assert_allclose(table.difference, expected)
+
+
+def test_seed_variance_is_pooled_within_a_placement(scores):
+    "Seeds that differ widely with padding do not widen the intervals of tokens."
+    clean = scores[scores.kind == "clean"]
+    worst = (clean.placement == "padding") & (clean.seed == 0)
+    noisy = clean.assign(correct=[bits & (np.arange(400) % 4 > 0) if hit else bits for bits, hit in zip(clean.correct, worst)])
+    width = lambda made: compare(made, [("better", "no prompt")], ("clean",)).set_index("placement").pipe(lambda t: t.high - t.low)
+    before, after = width(clean), width(noisy)
+    assert after.tokens == pytest.approx(before.tokens) and after.padding > 2 * before.padding
+
+
+def without_headroom(scores, backbones):
+    "Scores in which full fine-tuning gains nothing on some backbones."
+    none = scores[scores.variant == "no prompt"].assign(method="full_finetuning", variant="full fine-tuning", placement="weights")
+    kept = ~((scores.variant == "full fine-tuning") & scores.backbone.isin(backbones))
+    return pd.concat([scores[kept], none[none.backbone.isin(backbones)]])
+
+
+def test_backbones_without_headroom_do_not_enter(scores):
+    left = without_headroom(scores, ["backbone 1"])
+    table = compare(left, [("better", "no prompt")], ("clean",))
+    assert table.backbones.tolist() == [2, 2]
+    pd.testing.assert_frame_equal(table, compare(left[left.backbone != "backbone 1"], [("better", "no prompt")], ("clean",)))
+
+
+def test_no_verdict_where_no_backbone_has_headroom(scores):
+    left, wanted = without_headroom(scores, ["backbone 3", "backbone 4"]), [("better", "no prompt"), ("equal", "no prompt")]
+    table = compare(left, wanted, ("clean",)).set_index(["variant", "placement"])
+    assert table.verdict.eq("no headroom").tolist() == [False, True] * 2 and table.backbones.tolist() == [3, 0] * 2
+    padding = table.xs("padding", level="placement")
+    assert padding[["difference", "low", "high", "mdd", "p"]].isna().all(axis=None) and not padding.equivalent.any()
+    assert table.equivalent.dtype == bool
+    alone = compare(scores[scores.placement != "padding"].query("backbone < 'backbone 3'"), wanted, ("clean",))
+    np.testing.assert_allclose(table.xs("tokens", level="placement").high, alone.high)  # the family has two comparisons, not four
+    nowhere = compare(left[left.variant != "full fine-tuning"], wanted)
+    assert set(nowhere.verdict) == {"no headroom"} and len(nowhere) == 8 and set(nowhere.backbones) == {0}
+
+
+def test_nothing_to_compare_is_an_empty_table(scores):
+    table = compare(scores, [])
+    assert table.empty and {"mapping", "placement", "backbones", "verdict", "equivalent"} <= set(table.columns)
+
+
+def test_a_variant_without_scores_is_named_even_without_headroom(scores):
+    for left in scores, scores[scores.variant != "full fine-tuning"]:
+        with pytest.raises(ValueError, match="variant 'worse' has no scores; there are better, equal"):
+            compare(left, [("better", "worse")])
+
+
+def test_pairs_are_with_no_prompt_the_reference_methods_and_the_methods_first_variant():
+    methods = {"no_prompt": {"no prompt": {}, "with noise": {}}, "vpt": {"VPT": {}, "VPT-shallow": {}}, "spike_nvpt": {"Spike-NVPT": {}}}
+    expected = [("VPT", none) for none in ("no prompt", "with noise")]
+    expected += [("VPT-shallow", reference) for reference in ("no prompt", "with noise", "VPT")]
+    expected += [("Spike-NVPT", reference) for reference in ("no prompt", "with noise", "VPT", "VPT-shallow")]
+    assert pairs(methods, {"no_prompt": "no_prompt", "vpt": "no_prompt", "spike_nvpt": "vpt"}) == expected
     assert pairs({"spike_nvpt": {"Spike-NVPT": {}}}, {"spike_nvpt": "vpt"}) == []
+
+
+def test_a_method_may_have_several_references():
+    methods = {"no_prompt": ["no prompt"], "lor_vp": ["LoR-VP"], "smm": ["SMM"], "lorsp": ["K2", "K4"]}
+    several = pairs(methods, {"lorsp": ("lor_vp", "smm")})
+    assert several[:2] == [("LoR-VP", "no prompt"), ("SMM", "no prompt")]
+    assert several[2:5] == [("K2", reference) for reference in ("no prompt", "LoR-VP", "SMM")]
+    assert several[5:] == [("K4", reference) for reference in ("no prompt", "LoR-VP", "SMM", "K2")]
 
 
 @pytest.fixture
 def rows():
     "A table with each verdict."
-    names = ["dataset", "variant", "reference", "images", "difference", "low", "high", "mdd", "p", "verdict", "equivalent"]
-    start = ["toy", "A", "linear probe", "clean"]
+    names = ["mapping", "dataset", "variant", "placement", "reference", "images", "backbones"]
+    names += ["difference", "low", "high", "mdd", "p", "verdict", "equivalent"]
+    start = ["label", "toy", "A", "pixels", "no prompt"]
     return pd.DataFrame(
         [
-            [*start, 2.6, 1.0, 4.2, 1.9, 0.01, "significantly better", False],
-            [*start, -0.4, -0.7, -0.1, 0.4, 0.02, "significantly worse", True],
-            [*start, -0.01, -0.5, 0.5, 0.6, 1.0, "equivalent", True],
-            [*start[:3], "shot_noise", 0.8, -1.0, 2.6, 2.2, 0.6, "not significant", False],
+            [*start, "clean", 5, 2.6, 1.0, 4.2, 1.9, 0.01, "significantly better", False],
+            [*start, "clean", 5, -0.4, -0.7, -0.1, 0.4, 0.02, "significantly worse", True],
+            [*start, "clean", 1, -0.01, -0.5, 0.5, 0.6, 1.0, "equivalent", True],
+            [*start, "shot_noise", 5, 0.8, -1.0, 2.6, 2.2, 0.6, "not significant", False],
+            [*start, "clean", 0, *[np.nan] * 5, "no headroom", False],
         ],
         columns=names,
     )
@@ -277,23 +407,45 @@ def rows():
 
 def test_one_claim_a_sentence(rows):
     assert sentence(rows).replace(". ", ".\n").splitlines() == [
-        "A is significantly better than the linear probe on clean images: +2.6 points (95 % simultaneous interval +1.0 to +4.2; MDD 1.9).",
-        "A is significantly worse than the linear probe on clean images: -0.4 points (95 % simultaneous interval -0.7 to -0.1; MDD 0.4).",
+        "With label mapping, A is significantly better than no prompt on clean images: "
+        "+2.6 points (5 backbones; 95 % simultaneous interval +1.0 to +4.2; MDD 1.9).",
+        "With label mapping, A is significantly worse than no prompt on clean images: "
+        "-0.4 points (5 backbones; 95 % simultaneous interval -0.7 to -0.1; MDD 0.4).",
         "This difference lies within the equivalence margin.",
-        "A and the linear probe are equivalent on clean images: +0.0 points (95 % simultaneous interval -0.5 to +0.5; MDD 0.6).",
-        "The difference between A and the linear probe under shot noise is not significant: +0.8 points "
-        "(95 % simultaneous interval -1.0 to +2.6; MDD 2.2).",
+        "With label mapping, A and no prompt are equivalent on clean images: "
+        "+0.0 points (1 backbone; 95 % simultaneous interval -0.5 to +0.5; MDD 0.6).",
+        "With label mapping, the difference between A and no prompt under shot noise is not significant: "
+        "+0.8 points (5 backbones; 95 % simultaneous interval -1.0 to +2.6; MDD 2.2).",
+        "With label mapping, A is not compared with no prompt on clean images: none of its backbones has headroom.",
     ]
 
 
+def test_sentences_name_the_mapping_and_the_placement_where_there_are_several(rows):
+    other = rows.assign(mapping="linear", placement=["tokens", "padding", "tokens", "padding", "padding"])
+    text = sentence(pd.concat([rows, other]))
+    assert "With a linear head, A as tokens is significantly better than no prompt on clean images" in text
+    assert "With a linear head, the difference between A as padding and no prompt under shot noise" in text
+    assert "With label mapping, A is significantly better" in text and "as pixels" not in text
+
+
 def test_tally_names_every_variant_once_for_each_kind_of_images(rows):
-    text = tally(rows.assign(variant=list("ABCD"), images="clean"), "linear probe")
-    assert text == (
-        "A is significantly better than the linear probe on clean images. B is significantly worse than the linear probe on clean images. "
-        "C is equivalent to the linear probe on clean images. The difference to the linear probe on clean images is not significant for D."
-    )
-    both = tally(rows.assign(variant=list("ABCD"), images="clean", verdict="significantly better"), "linear probe")
-    assert both.startswith("A, B, C and D are significantly better than") and "No variant is significantly worse" in both
+    clean = rows.assign(variant=list("ABCDE"), images="clean")
+    assert tally(clean, "no prompt").replace(". ", ".\n").splitlines() == [
+        "With label mapping, A is significantly better than no prompt on clean images.",
+        "With label mapping, B is significantly worse than no prompt on clean images.",
+        "With label mapping, C is equivalent to no prompt on clean images.",
+        "With label mapping, the difference to no prompt on clean images is not significant for D.",
+        "With label mapping, E is not compared with no prompt on clean images: no headroom.",
+    ]
+    both = tally(clean.assign(verdict="significantly better"), "no prompt")
+    assert "A, B, C, D and E are significantly better than" in both and "no variant is significantly worse" in both
+    placed = tally(clean.assign(variant="A", placement=list("abcde")), "no prompt")
+    assert "A as a is significantly better" in placed and "not significant for A as d." in placed
+
+
+def test_tally_claims_nothing_where_nothing_is_compared(rows):
+    none = rows[rows.verdict == "no headroom"]
+    assert tally(none, "no prompt") == "With label mapping, A is not compared with no prompt on clean images: no headroom."
 
 
 def test_mcnemar_sees_one_backbone_that_loses():
@@ -303,7 +455,7 @@ def test_mcnemar_sees_one_backbone_that_loses():
     raw = made[made.kind == "clean"].head(1).assign(variant="raw pixels", backbone="none")  # has nothing to be paired with
     counts = mcnemar_counts(pd.concat([made, raw]))
     assert counts.loc["better", "backbone 0"] == "+0 -0 of 3" and counts.loc["better", "backbone 1"] == "+0 -3 of 3"
-    assert list(counts.index) == ["better"]
+    assert list(counts.index) == ["better", "full fine-tuning"]
 
 
 def test_bootstrap_spread_is_that_of_the_mean_over_seeds_and_images():

@@ -142,6 +142,8 @@ def test_placement():
     vit, resnet = create_backbone("pocket_vit"), create_backbone("pocket_resnet")
     assert VPT(VPTConfig(), vit).padding is None and VPT(VPTConfig(placement="padding"), vit).padding is not None
     assert VPT(VPTConfig(), resnet).padding is not None
+    assert VPT(VPTConfig(placement="padding"), vit).placement == VPT(VPTConfig(), resnet).placement == "padding"
+    assert VPT(VPTConfig(placement="tokens"), vit).placement == "tokens"
     with pytest.raises(ConfigError, match="takes no prompt tokens here; .*placement = 'padding'"):
         VPT(VPTConfig(placement="tokens"), resnet)
     with pytest.raises(ConfigError, match="pad_width = 16: allowed is less than half of the image's 32 px"):

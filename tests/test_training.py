@@ -1,4 +1,4 @@
-"Runs: same seed, same result; one rule for all methods; nothing but prompt and head changes."
+"Runs: same seed, same result; one rule for all methods and both protocols; nothing but prompt and head changes."
 
 import numpy as np
 import pytest
@@ -6,24 +6,25 @@ import safetensors.torch
 import timm
 import torch
 
-from spikeprompt.backbones.loader import create_backbone, fingerprint
-from spikeprompt.config import BackbonesConfig, DatasetConfig, ExperimentConfig, TrainConfig
+from spikeprompt.backbones.loader import Backbone, create_backbone, fingerprint
+from spikeprompt.config import BackbonesConfig, ConfigError, DatasetConfig, ExperimentConfig, TrainConfig
 from spikeprompt.datasets import read_dataset, save_dataset
 from spikeprompt.model import PromptedModel
-from spikeprompt.prompts.base import METHODS, Prompt, PromptConfig, method_class, packaged_methods
+from spikeprompt.prompts.base import Prompt, PromptConfig, create_prompt, method_class, packaged_methods
 from spikeprompt.stages import run_folder
-from spikeprompt.training.head import accuracy, linear_probe, outputs
+from spikeprompt.training.head import accuracy, fit_head, outputs
 from spikeprompt.training.loop import train
 from spikeprompt.training.runs import train_run, training_images
 
 packaged_methods()
+DATASET = "sprites_position"
 
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory):
-    "Folder of the digits' training part."
+    "Folder of the sprites' training part."
     folder = tmp_path_factory.mktemp("prepared")
-    save_dataset(read_dataset("digits", DatasetConfig()), folder / "digits.npz")
+    save_dataset(read_dataset(DATASET, DatasetConfig()), folder / f"{DATASET}.npz")
     return folder
 
 
@@ -31,69 +32,138 @@ def experiment(method, name="pocket_vit", settings={}, n_train=128, img_size=Non
     "A configuration of one method."
     return ExperimentConfig(
         backbones=BackbonesConfig(names=[name], img_size=img_size),
-        datasets={"digits": DatasetConfig(n_train=n_train, n_val=64)},
+        datasets={DATASET: DatasetConfig(n_train=n_train, n_val=64)},
         train=TrainConfig(**{"seeds": [0], "epochs": 1, "head_c": [0.01], **train}),
         methods={},
     ).model_copy(update={"methods": {method: {"it": method_class(method).config_class(**settings)}}})
 
 
+def run_of(method, mapping="linear", name="pocket_vit", seed=0):
+    "The coordinates of a run of `experiment`."
+    return mapping, DATASET, name, method, "it", seed
+
+
 def parts_of(config, prepared, name="pocket_vit"):
     backbone = create_backbone(name, img_size=config.backbones.img_size)
-    return backbone, training_images(prepared, config, "digits", backbone, 0)
+    return backbone, training_images(prepared, config, DATASET, backbone, 0)
 
 
 @pytest.mark.parametrize(
-    "name, method",
-    [("pocket_vit", "spike_nvpt"), ("pocket_resnet", "lorsp"), ("pocket_swin", "vpt_noise"), ("pocket_resnet", "lorsp_permuted")],
+    "name, method, mapping",
+    [
+        ("pocket_vit", "spike_nvpt", "label"),
+        ("pocket_resnet", "lorsp", "label"),
+        ("pocket_vit", "vpt_noise", "linear"),
+        ("pocket_resnet", "lorsp_permuted", "linear"),
+        ("pocket_vit", "full_finetuning", "label"),
+    ],
 )
-def test_same_seed_same_result_to_the_bit_saved_and_loaded(name, method, prepared, tmp_path):
+def test_same_seed_same_result_to_the_bit_saved_and_loaded(name, method, mapping, prepared, tmp_path):
     config = experiment(method, name)
     backbone, parts = parts_of(config, prepared, name)
     logits = []
     for top, seed in (tmp_path / "one", 0), (tmp_path / "two", 0), (tmp_path / "three", 1):
-        run = ("digits", name, method, "it", seed)
-        train_run(config, run, prepared, top)
+        run = run_of(method, mapping, name, seed)
+        record, _ = train_run(config, run, prepared, top)
         loaded = PromptedModel.from_pretrained(run_folder(top, run), create_backbone(name))
         logits.append(outputs(loaded, parts.val[0]))
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
-def test_the_probes_head_goes_through_the_same_loop(prepared):
-    config = experiment("linear_probe", epochs=2, head_c=[0.001])
+def test_no_prompt_with_a_linear_head_is_the_linear_probe(prepared):
+    config = experiment("no_prompt", epochs=2, head_c=[0.001])
     backbone, parts = parts_of(config, prepared)
-    _, started = linear_probe(backbone, parts, config.train.head_c)
-    record, history = train_run(config, ("digits", "pocket_vit", "linear_probe", "it", 0), prepared)
-    assert history.epoch.tolist() == [0, 1, 2] and history.val_accuracy[0] == pytest.approx(started)
-    assert record["val_accuracy"] == history.val_accuracy.max() and record["prompt_parameters"] == 0
+    train_features, val_features = ((outputs(backbone, images), labels) for images, labels in (parts.train, parts.val))
+    _, validated = fit_head(train_features, val_features, [0.001])
+    record, history = train_run(config, run_of("no_prompt"), prepared)
+    assert history.epoch.tolist() == [0]  # there is nothing to train
+    assert record["val_accuracy"] == history.val_accuracy[0] == pytest.approx(validated) and record["prompt_parameters"] == 0
 
 
-def test_every_head_starts_on_the_features_of_its_own_prompt(prepared):
-    starts = {}
-    for amplitude in 0.01, 3.0:
-        config = experiment("lorsp", settings={"amplitude": amplitude, "trainable": False}, n_train=256)
-        starts[amplitude] = train_run(config, ("digits", "pocket_vit", "lorsp", "it", 0), prepared)[1].val_accuracy[0]
-    backbone, parts = parts_of(config, prepared)
-    assert starts[0.01] == pytest.approx(linear_probe(backbone, parts, [0.01])[1], abs=0.08) and 0.3 < starts[3.0] < starts[0.01]
-
-
-@pytest.mark.parametrize("keep", ["best", "last"])
-def test_the_best_or_the_last_epoch_is_kept(keep, prepared):
-    config = experiment("vpt", settings={"lr": 3.0}, epochs=5, keep=keep)  # so high that training gets worse
+@pytest.mark.parametrize("mapping", ["label", "linear"])
+def test_the_end_of_training_is_kept_and_its_head_made_anew(mapping, prepared):
+    config = experiment("vpt", settings={"lr": 1.0}, epochs=3)  # so high that training gets worse
     backbone, parts = parts_of(config, prepared)
     torch.manual_seed(0)
-    prompt = METHODS["vpt"](config.methods["vpt"]["it"], backbone)
-    model, history = train(backbone, prompt, parts, config.train, 0, report=lambda line: None)
-    best = history.val_accuracy[1:].idxmax()
-    kept = history[history.kept].epoch.iloc[-1]
-    assert best < 5 and kept == (best if keep == "best" else 5)
-    assert accuracy(outputs(model, parts.val[0]), parts.val[1]) == pytest.approx(history.val_accuracy[kept])
+    prompt = create_prompt(config.methods["vpt"]["it"], backbone)
+    model, history, validated = train(backbone, prompt, parts, config.train, mapping, 0, report=lambda line: None)
+    assert history.epoch.tolist() == [0, 1, 2, 3]
+    assert accuracy(outputs(model, parts.val[0]), parts.val[1]) == pytest.approx(validated)
+    features = [outputs(Features(model), images) for images, _ in (parts.train, parts.val)]
+    if mapping == "linear":
+        refitted, _ = fit_head((features[0], parts.train[1]), (features[1], parts.val[1]), config.train.head_c)
+        assert torch.equal(refitted.linear.weight, model.head.linear.weight)
+    else:
+        rows, everything = model.head.linear.weight, backbone.classifier.weight
+        chosen = [(everything == row).all(1).nonzero().item() for row in rows]
+        assert len(set(chosen)) == 16  # one class for each label
+        answers = (features[0] @ everything.T + backbone.classifier.bias).argmax(1)
+        counts = np.array([[((answers == c) & (parts.train[1] == y)).sum() for c in chosen] for y in range(16)])
+        assert counts.trace() >= max(counts[range(16), np.random.default_rng(i).permutation(16)].sum() for i in range(200))
+
+
+class Features(torch.nn.Module):
+    "A prompted model up to its head."
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        return self.model.features(images)
+
+
+def test_under_label_mapping_only_the_prompt_learns(prepared):
+    config = experiment("lor_vp", "pocket_resnet", settings={"lr": 0.1}, epochs=2)
+    backbone, parts = parts_of(config, prepared, "pocket_resnet")
+    before = fingerprint(backbone, classifier=True)
+    torch.manual_seed(0)
+    prompt = create_prompt(config.methods["lor_vp"]["it"], backbone)
+    train(backbone, prompt, parts, config.train, "label", 0, report=lambda line: None)
+    assert fingerprint(backbone, classifier=True) == before and prompt.B.abs().max() > 0
+
+
+def test_label_mapping_needs_a_classifier_with_a_class_for_each_label(prepared):
+    config = experiment("lor_vp", "pocket_resnet")
+    backbone, parts = parts_of(config, prepared, "pocket_resnet")
+    for classes, message in (0, "it has no linear classifier"), (10, "label mapping of 16 labels: allowed are at most 10"):
+        backbone.model.reset_classifier(classes)
+        prompt = create_prompt(config.methods["lor_vp"]["it"], backbone)
+        with pytest.raises(ConfigError, match=message):
+            train(backbone, prompt, parts, config.train, "label", 0, report=lambda line: None)
+        backbone = Backbone(timm.create_model("pocket_resnet", pretrained=True))
+
+
+@pytest.mark.parametrize("mapping", ["label", "linear"])
+def test_an_untrained_prompt_gets_a_head_and_no_training(mapping, prepared):
+    config = experiment("lorsp", settings={"trainable": False, "amplitude": 0.5})
+    backbone, parts = parts_of(config, prepared)
+    torch.manual_seed(0)
+    prompt = create_prompt(config.methods["lorsp"]["it"], backbone)
+    start = {name: value.clone() for name, value in prompt.state_dict().items() if name in ("a", "b")}
+    model, history, validated = train(backbone, prompt, parts, config.train, mapping, 0, report=lambda line: None)
+    assert history.epoch.tolist() == [0] and all(torch.equal(prompt.state_dict()[name], value) for name, value in start.items())
+    assert accuracy(outputs(model, parts.val[0]), parts.val[1]) == pytest.approx(validated)
+
+
+def test_noise_on_the_training_images_changes_what_is_learned(prepared):
+    for method, mapping in ("no_prompt", "linear"), ("lor_vp", "label"):
+        seen = []
+        for std in 0.0, 0.3:
+            config = experiment(method, settings={"image_noise": std})
+            backbone, parts = parts_of(config, prepared)
+            torch.manual_seed(0)
+            prompt = create_prompt(config.methods[method]["it"], backbone)
+            model, _, _ = train(backbone, prompt, parts, config.train, mapping, 0, report=lambda line: None)
+            seen.append(outputs(model, parts.val[0]))
+        assert not torch.equal(*seen)
 
 
 def test_bits_that_change_are_counted_by_the_loop(prepared):
     config = experiment("spike_nvpt", settings={"lr": 1.0}, epochs=2)
-    _, history = train_run(config, ("digits", "pocket_vit", "spike_nvpt", "it", 0), prepared)
+    record, history = train_run(config, run_of("spike_nvpt"), prepared)
     assert np.isnan(history.bits_moved[0]) and 0 < history.bits_moved[1] == history.bits_flipped[1]
-    assert 0 < history.bits_moved[2] < 1
+    assert 0 < history.bits_moved[2] == record["bits_moved"] < 1
 
 
 def test_a_method_that_changes_its_backbone_is_stopped(prepared):
@@ -115,7 +185,7 @@ def test_a_method_that_changes_its_backbone_is_stopped(prepared):
 
     backbone, parts = parts_of(experiment("lor_vp", n_train=64), prepared)
     with pytest.raises(RuntimeError, match="'pocket_vit' changed during training"):
-        train(backbone, Vandal(), parts, TrainConfig(epochs=1, head_c=[0.01]), 0, report=lambda line: None)
+        train(backbone, Vandal(), parts, TrainConfig(epochs=1, head_c=[0.01]), "linear", 0, report=lambda line: None)
 
 
 def test_a_timm_model_from_a_folder_of_weights(tmp_path):
@@ -134,7 +204,7 @@ def test_a_timm_model_from_a_folder_of_weights(tmp_path):
 
 def test_a_run_at_another_size(prepared, tmp_path):
     config = experiment("vpt", img_size=48, n_train=64)
-    run = ("digits", "pocket_vit", "vpt", "it", 0)
+    run = run_of("vpt")
     train_run(config, run, prepared, tmp_path)
     loaded = PromptedModel.from_pretrained(run_folder(tmp_path, run), create_backbone("pocket_vit", img_size=48))
     assert loaded.backbone.input_size == (48, 48)
@@ -142,9 +212,8 @@ def test_a_run_at_another_size(prepared, tmp_path):
 
 def test_the_fingerprint_ignores_the_classifier():
     with_head, without = (timm.create_model("pocket_resnet", pretrained=True, num_classes=n) for n in (5, 0))
-    from spikeprompt.backbones.loader import Backbone
-
     assert fingerprint(Backbone(with_head)) == fingerprint(Backbone(without))
+    assert fingerprint(Backbone(with_head), classifier=True) != fingerprint(Backbone(without), classifier=True)
     with torch.no_grad():
         with_head.conv1[0].weight.add_(1e-3)
     assert fingerprint(Backbone(with_head)) != fingerprint(Backbone(without))

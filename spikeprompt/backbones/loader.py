@@ -56,6 +56,12 @@ class Backbone(nn.Module):
         "Stay in evaluation mode: batch statistics and dropout belong to pretraining."
         return super().train(False)
 
+    @property
+    def classifier(self) -> nn.Linear | None:
+        "The linear layer from features to the classes of pretraining; None if the model has no such layer."
+        layer = self.model.get_classifier() if self.is_timm else None
+        return layer if isinstance(layer, nn.Linear) and layer.in_features == self.num_features else None
+
     def forward(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
@@ -163,13 +169,14 @@ def main():
 # %% ../../nbs/backbones/11_loader.ipynb #c21
 def fingerprint(
     backbone: Backbone,
+    classifier: bool = False,  # include the classifier, which label mapping uses
 ) -> str:  # sha256 in hex
     "Checksum of the parameters and buffers that determine a backbone's features."
     named = getattr(backbone.model, "pretrained_cfg", {}).get("classifier") or ()
     classifiers = tuple(f"{name}." for name in ([named] if isinstance(named, str) else named))
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.model.state_dict().items()):
-        if not name.startswith(classifiers or ("\0",)):
+        if classifier or not name.startswith(classifiers or ("\0",)):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

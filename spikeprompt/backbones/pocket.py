@@ -50,7 +50,7 @@ def pocket_cfg(
         interpolation="bilinear",
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
-        num_classes=0,
+        num_classes=200,
         first_conv=first_conv,
         classifier=classifier,
         license="apache-2.0",
@@ -95,7 +95,7 @@ def _build(cls, name, pretrained, defaults, kwargs, finish=lambda model: None):
     model = build_model_with_cfg(cls, name, pretrained=False, **{**defaults, **kwargs})
     finish(model)
     if pretrained:
-        load_pretrained(model, num_classes=kwargs.get("num_classes", 0), in_chans=kwargs.get("in_chans", 3))
+        load_pretrained(model, num_classes=kwargs.get("num_classes", 200), in_chans=kwargs.get("in_chans", 3))
     return model
 
 

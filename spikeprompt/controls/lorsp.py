@@ -8,6 +8,8 @@ __all__ = [
     "LoRSPNoCarry",
     "LoRSPPermutedConfig",
     "LoRSPPermuted",
+    "LoRSPShuffledConfig",
+    "LoRSPShuffled",
     "LoRSPMaskConfig",
     "LoRSPRandomMaskConfig",
     "LoRSPRandomMask",
@@ -65,6 +67,23 @@ class LoRSPPermuted(LoRSP):
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c14
+class LoRSPShuffledConfig(LoRSPConfig):
+    "Config of LoRSP with shuffled images."
+
+    variant: Literal["factor", "pixel", "select", "binary"] = Field("factor", description="what the spikes of another image gate")
+
+
+@register_method("lorsp_shuffled")
+class LoRSPShuffled(LoRSP):
+    "LoRSP whose images get the spikes of their neighbours in the batch."
+
+    config_class, label, reference, mixes_images = LoRSPShuffledConfig, "LoRSP, shuffled images", "lorsp", True
+
+    def spikes(self, images: Tensor) -> list[Tensor]:
+        return [spikes.roll(1, 1) for spikes in super().spikes(images)]
+
+
+# %% ../../nbs/controls/50_lorsp.ipynb #c19
 def _num_kept(
     firing_rate: float,  # ρ in (0, 1)
     size: int,  # entries of a factor
@@ -73,7 +92,7 @@ def _num_kept(
     return max(1, round(firing_rate * size))
 
 
-# %% ../../nbs/controls/50_lorsp.ipynb #c16
+# %% ../../nbs/controls/50_lorsp.ipynb #c21
 class LoRSPMaskConfig(LoRSPConfig):
     "Base of the configs of masks, which have no thresholds and keep a share of the entries."
 
@@ -104,7 +123,7 @@ class LoRSPRandomMask(LoRSP):
         return [mask.float().transpose(0, 1)[:, None] for mask in (self.mask_b, self.mask_a)]
 
 
-# %% ../../nbs/controls/50_lorsp.ipynb #c18
+# %% ../../nbs/controls/50_lorsp.ipynb #c23
 class LoRSPMagnitudeMaskConfig(LoRSPMaskConfig):
     "Config of LoRSP that a sort of rows and columns allows."
 

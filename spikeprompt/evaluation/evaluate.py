@@ -22,12 +22,12 @@ from ..model import PromptedModel
 from ..robustness.attacks import attack, attack_conditions
 from ..robustness.corruptions import condition_key, conditions
 from ..robustness.faults import fault_conditions, faulty, reached_tensors
-from ..stages import import_extensions, run_folder
+from ..stages import RUN, import_extensions, run_folder
 from ..training.head import outputs, to_pixels
 from ..training.parallel import default_device
 
 
-# %% ../../nbs/evaluation/93_evaluate.ipynb #c04
+# %% ../../nbs/evaluation/93_evaluate.ipynb #c03
 @lru_cache
 def prepared_arrays(
     path: Path,  # .npz with labels and the test images under each condition
@@ -37,7 +37,7 @@ def prepared_arrays(
         return dict(file)
 
 
-# %% ../../nbs/evaluation/93_evaluate.ipynb #c06
+# %% ../../nbs/evaluation/93_evaluate.ipynb #c05
 def evaluate(
     model: PromptedModel,
     images: dict[tuple[str, float], Tensor],  # (corruption, severity) -> uint8 [N, 3, H, W], the clean ones first
@@ -63,17 +63,17 @@ def evaluate(
     return found
 
 
-# %% ../../nbs/evaluation/93_evaluate.ipynb #c08
+# %% ../../nbs/evaluation/93_evaluate.ipynb #c07
 def evaluate_run(
     config: ExperimentConfig,
-    run: tuple[str, str, str, str, int],  # from `all_runs`
+    run: tuple[str, str, str, str, str, int],  # as `RUN`
     record: dict,  # of its training
     prepared: str | Path,  # folder of <dataset>.npz with labels and the test images under each condition
     adapters: str | Path,  # folder of the adapters
 ) -> list[dict]:  # rows of the score table
     "Score one trained model under every condition, with its training record and its footprint."
     import_extensions(config.extensions)
-    dataset, name, method, variant, seed = run
+    _, dataset, name, _, _, seed = run
     backbone = create_backbone(name, config.backbones.weights, config.backbones.img_size)
     model = PromptedModel.from_pretrained(run_folder(adapters, run), backbone).to(default_device())
     arrays = prepared_arrays(project_root() / prepared / f"{dataset}.npz")
@@ -81,5 +81,5 @@ def evaluate_run(
     images = {(noise, level): fit(condition_key(noise, level)) for noise, level, _ in conditions(config.robustness)}
     some = to_pixels(images["clean", 0][:64].to(default_device()))
     columns = {**record, **footprint(model, some)}
-    names = {key: columns.pop(key) for key in ("dataset", "backbone", "method", "variant", "seed")}
+    names = {key: columns.pop(key) for key in RUN}
     return [{**names, **row, **columns} for row in evaluate(model, images, torch.from_numpy(arrays["labels"]), config.robustness, seed)]

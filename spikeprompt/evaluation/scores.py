@@ -4,8 +4,10 @@
 
 # %% auto #0
 __all__ = [
-    "RUN",
     "CONDITION",
+    "REFERENCE",
+    "CONTROL",
+    "DENSE",
     "calibration_error",
     "score",
     "pack",
@@ -14,6 +16,7 @@ __all__ = [
     "read_scores",
     "synthetic_scores",
     "per_run",
+    "headroom",
     "summary",
 ]
 
@@ -32,6 +35,7 @@ from torch import Tensor
 
 from ..config import ConfigError, project_root
 from ..robustness.corruptions import FREE_GAUSSIAN
+from ..stages import RUN
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c05
@@ -74,7 +78,6 @@ def unpack(
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c17
-RUN = ["dataset", "backbone", "method", "variant", "seed"]  # one trained model
 CONDITION = ["kind", "corruption", "severity"]  # corruption or attack of its images, or fault of its prompt
 _MEASURED = ["accuracy", "ece", "correct"]
 
@@ -111,22 +114,30 @@ def read_scores(
         if not path.exists():
             raise ConfigError(f"{Path(folder) / path.name} is missing: `dvc repro` makes it, if params.yaml names the method {method!r}")
         text = StringIO(gzip.decompress(path.read_bytes()).decode())
-        types = dict.fromkeys(["dataset", "backbone", "method", "variant", "kind", "corruption"], str) | {"severity": float}
+        names = [name for name in [*RUN, *CONDITION, "placement"] if name not in ("seed", "severity")]
+        types = dict.fromkeys(names, str) | {"severity": float}
         tables.append(pd.read_csv(text, dtype=types, keep_default_na=False, na_values=[""]))
     table = pd.concat(tables, ignore_index=True)
     return table.assign(correct=table.correct.map(unpack))
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c26
+REFERENCE, CONTROL = "no prompt", "full fine-tuning"  # variants
+_METHODS = {REFERENCE: "no_prompt", CONTROL: "full_finetuning"}
+
+
+# %% ../../nbs/evaluation/90_scores.ipynb #c27
 def synthetic_scores(
-    gains: dict[str, float],  # variant -> true gain over the linear probe, in points
+    gains: dict[str, float],  # variant -> true gain over no prompt, in points
     seeds: int = 3,
     backbones: int = 5,
     images: int = 1000,
     seed_spread: float | dict[str, float] = 0.5,  # standard deviation over seeds in points, of all variants or of each
+    padded: int = 0,  # of the backbones, the last ones, on which prompts are padding; they are tokens on the others
+    control: float = 6.0,  # true gain of full fine-tuning over no prompt, in points
     rng: int = 0,  # seed of all random numbers
-) -> pd.DataFrame:  # as from `read_scores`
-    "Score table of the linear probe and of variants whose true gains are known."
+) -> pd.DataFrame:  # as from `read_scores`, with label mapping on one dataset
+    "Score table of no prompt, of full fine-tuning and of variants whose true gains are known."
     rng, rows = np.random.default_rng(rng), []
     p = rng.beta(0.5, 0.15, images)  # most images are easy, a few hopeless
     unit = p * (1 - p) / np.mean(p * (1 - p))  # where a gain falls: not on the easiest, not on the hopeless
@@ -135,32 +146,35 @@ def synthetic_scores(
         for backbone in range(backbones):
             for seed in range(seeds):
                 shared = rng.random(images)
-                for variant, gain in {"linear probe": 0.0, **gains}.items():
+                for variant, gain in {REFERENCE: 0.0, **gains, CONTROL: control}.items():
                     spread = seed_spread[variant] if isinstance(seed_spread, dict) else seed_spread
                     luck = np.where(rng.random(images) < 0.5, rng.random(images), shared)
                     correct = luck < p + (gain - loss + rng.normal(0, spread)) / 100 * unit
-                    run = ["toy", f"backbone {backbone}", variant.replace(" ", "_"), variant, seed]
+                    method = _METHODS.get(variant, variant.replace(" ", "_"))
                     kind = "clean" if corruption == "clean" else "noise"
-                    rows.append([*run, kind, corruption, float(severity), correct.mean(), 0.05, correct])
-    return pd.DataFrame(rows, columns=[*RUN, *CONDITION, *_MEASURED])
+                    placement = "tokens" if backbone < backbones - padded else "padding"
+                    placement = {REFERENCE: "none", CONTROL: "weights"}.get(variant, placement)
+                    run = ["label", "toy", f"backbone {backbone}", method, variant, seed]
+                    rows.append([*run, kind, corruption, float(severity), correct.mean(), 0.05, correct, placement])
+    return pd.DataFrame(rows, columns=[*RUN, *CONDITION, *_MEASURED, "placement"])
 
 
-# %% ../../nbs/evaluation/90_scores.ipynb #c30
+# %% ../../nbs/evaluation/90_scores.ipynb #c31
 def _error_ratio(
     errors: pd.DataFrame,  # runs × corruptions
     reference: str,  # variant
 ) -> pd.Series:  # percent, missing where there is no run of the reference
     "Mean over the corruptions of a run's errors in percent of the reference's, where the reference has any."
-    same_run = ["dataset", "backbone", "seed"]
+    same_run = [name for name in RUN if name not in ("method", "variant")]
     of_reference = errors[errors.index.get_level_values("variant") == reference].droplevel(["method", "variant"])
     matched = of_reference.reindex(pd.MultiIndex.from_frame(errors.index.to_frame()[same_run]))
     return 100 * (errors / matched.where(matched > 0).to_numpy()).mean(axis=1)
 
 
-# %% ../../nbs/evaluation/90_scores.ipynb #c31
+# %% ../../nbs/evaluation/90_scores.ipynb #c32
 def per_run(
     scores: pd.DataFrame,  # from `read_scores`
-    reference: str = "linear probe",  # variant whose errors are 100 %
+    reference: str = REFERENCE,  # variant whose errors are 100 %
 ) -> (
     pd.DataFrame
 ):  # a row a run: clean, gaussian, corrupted, retention, mce, relative_mce in percent; ece_clean, ece_corrupted; its properties
@@ -180,18 +194,41 @@ def per_run(
     return table.join(runs[list(properties)].first()).reset_index()
 
 
-# %% ../../nbs/evaluation/90_scores.ipynb #c34
+# %% ../../nbs/evaluation/90_scores.ipynb #c35
+DENSE = ("lor_vp", "vpt", "smm")  # methods whose prompts are dense
+
+
+def headroom(
+    scores: pd.DataFrame,  # from `read_scores`
+    least: float = 3.0,  # points with which a cell counts
+) -> pd.DataFrame:  # mapping, dataset, backbone; no_prompt, dense, full_finetuning in percent; dense_variant; headroom in points; counts
+    "What a prompt could gain in each cell: clean accuracy of no prompt, the best dense prompt and full fine-tuning."
+    cell = ["mapping", "dataset", "backbone"]
+    means = scores[scores.kind == "clean"].groupby([*cell, "method", "variant"], sort=False).accuracy.mean().mul(100)
+    means = means.reset_index(["method", "variant"])
+    best = lambda chosen: means[chosen].sort_values("accuracy", ascending=False, kind="stable").groupby(cell).first()
+    dense = best(means.method.isin(DENSE))
+    table = pd.DataFrame({"no_prompt": best(means.variant == REFERENCE).accuracy, "dense": dense.accuracy}, index=means.index.unique())
+    table["dense_variant"] = dense.variant.reindex(table.index).fillna("")
+    table["full_finetuning"] = best(means.method == _METHODS[CONTROL]).accuracy
+    table["headroom"] = (table[["dense", "full_finetuning"]].max(axis=1) - table.no_prompt).round(9)
+    table["counts"] = table.headroom >= least
+    return table.reset_index()
+
+
+# %% ../../nbs/evaluation/90_scores.ipynb #c40
 def summary(
     scores: pd.DataFrame,  # from `read_scores`
-) -> pd.DataFrame:  # a row for each dataset, backbone and variant, as text
-    "Clean and corrupted accuracy, error ratio, calibration, size and sparsity of each prompt."
+) -> pd.DataFrame:  # a row for each mapping, dataset, backbone and variant, as text
+    "Placement, clean and corrupted accuracy, error ratio, calibration, size and sparsity of each prompt."
     digits = {"clean": 1, "corrupted": 1, "mce": 1, "ece_clean": 3, "ece_corrupted": 3}
     properties = {"prompt_parameters": 0, "pixel_density": 3, "bit_density": 3, "firing_rate": 3}
     names = {"clean": "clean %", "corrupted": "corrupted %", "mce": "mCE %", "ece_clean": "ECE clean", "ece_corrupted": "ECE corrupted"}
     runs = per_run(scores)
-    groups = runs.groupby(["dataset", "backbone", "variant"], sort=False)
+    groups = runs.groupby(["mapping", "dataset", "backbone", "variant"], sort=False)
     show = lambda numbers, places: numbers.map(lambda number: "" if pd.isna(number) else f"{number:.{places}f}")
-    table = {column: show(groups[column].mean(), places) for column, places in (digits | properties).items() if column in runs}
+    table = {"placement": groups.placement.first()}
+    table |= {column: show(groups[column].mean(), places) for column, places in (digits | properties).items() if column in runs}
     for column in ("clean", "corrupted"):
         spread = show(groups[column].std(), 1)
         table[column] += spread.where(spread == "", " ± " + spread)

@@ -12,6 +12,7 @@ __all__ = [
     "EQUIVALENT",
     "NOT_SIGNIFICANT",
     "ONE_SEED",
+    "NO_HEADROOM",
     "image_accuracy",
     "paired_differences",
     "variance_components",
@@ -19,6 +20,7 @@ __all__ = [
     "verdicts",
     "pairs",
     "compare",
+    "variant_names",
     "sentence",
     "tally",
     "mcnemar_counts",
@@ -34,10 +36,12 @@ from scipy.stats import t as student
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from .scores import REFERENCE, headroom
+
 
 # %% ../../nbs/evaluation/91_statistics.ipynb #c05
 def image_accuracy(
-    scores: pd.DataFrame,  # one dataset, from `read_scores`
+    scores: pd.DataFrame,  # one mapping and one dataset, from `read_scores`
     images: str,  # `clean`, `corrupted` (mean over noise corruptions), a corruption, an attack, or `fault: <name>`
 ) -> pd.DataFrame:  # (variant, backbone, seed) × images, A in [0, 1]
     "How often each test image is classified correctly; raises `ValueError` for an unknown condition."
@@ -46,19 +50,28 @@ def image_accuracy(
     if chosen.empty:
         raise ValueError(f"images {images!r}: allowed are corrupted, {', '.join(names.unique())}")
     mean = lambda run: np.average(np.stack(run.correct), axis=0, weights=1 / run.groupby("corruption").severity.transform("size"))
-    return pd.DataFrame({run: mean(part) for run, part in chosen.groupby(["variant", "backbone", "seed"])}).T
+    runs = {run: mean(part) for run, part in chosen.groupby(["variant", "backbone", "seed"])}
+    return pd.DataFrame(runs).T.rename_axis(["variant", "backbone", "seed"])
 
 
 # %% ../../nbs/evaluation/91_statistics.ipynb #c08
+def _check_variants(
+    asked: Iterable[str],
+    present: Iterable[str],
+):
+    "Raise `ValueError` for a variant without scores."
+    for variant in asked:
+        if variant not in present:
+            raise ValueError(f"variant {variant!r} has no scores; there are {', '.join(sorted(present))}")
+
+
 def paired_differences(
     accuracy: pd.DataFrame,  # from `image_accuracy`
     variant: str,
     reference: str,  # variant
 ) -> np.ndarray:  # D [backbones, seeds, images] in [-1, 1]
     "Differences between two variants; raises `ValueError` when they were not run on the same backbones with the same seeds."
-    missing = {variant, reference} - set(accuracy.index.get_level_values(0))
-    if missing:
-        raise ValueError(f"variant {missing.pop()!r} has no scores; there are {', '.join(accuracy.index.unique(0))}")
+    _check_variants((variant, reference), accuracy.index.unique(0))
     own, other = accuracy.loc[variant], accuracy.loc[reference]
     grid = pd.MultiIndex.from_product([own.index.unique(0), own.index.unique(1)])
     if not (own.index.sort_values().equals(grid.sort_values()) and len(own) == len(other) and own.index.isin(other.index).all()):
@@ -94,7 +107,7 @@ def seed_variances(
 # %% ../../nbs/evaluation/91_statistics.ipynb #c22
 LEVEL, POWER, MARGIN = 0.95, 0.8, 1.0  # of a family's intervals; of the MDD; of equivalence, in points
 BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT = "significantly better", "significantly worse", "equivalent", "not significant"
-ONE_SEED = "no verdict (one seed)"
+ONE_SEED, NO_HEADROOM = "no verdict (one seed)", "no headroom"
 
 
 # %% ../../nbs/evaluation/91_statistics.ipynb #c23
@@ -107,13 +120,13 @@ def verdicts(
     "Simultaneous intervals at 95 % and the verdicts that follow from them; none when there is one seed."
     D = list(differences.values())
     mean, C = np.array([d.mean() for d in D]), len(D)
-    B, S, N = np.array([d.shape for d in D]).T
-    if S.min() > 1:
+    B, S, N = np.array([d.shape for d in D]).reshape(C, 3).T
+    if C and S.min() > 1:
         components = np.array([variance_components(d) for d in D])
         seeds, images = seed_variances(components, [0] * C if pooled is None else pooled), components[:, 2]
         tiny = np.finfo(float).tiny  # identical predictions have no variance
         se = np.sqrt(seeds + images) + tiny
-        nu = ((seeds + images) ** 2 + tiny) / (seeds**2 / (B * (S - 1)) + images**2 / (N - 1) + tiny)
+        nu = ((seeds + images) ** 2 + tiny) / (seeds**2 / ((B + 1) * (S - 1) / 2) + images**2 / (N - 1) + tiny)
         half = student.ppf((1 + LEVEL ** (1 / C)) / 2, nu) * se
         mdd = half + student.ppf(POWER, nu) * se
         p = 1 - (1 - 2 * student.sf(np.abs(mean) / se, nu)) ** C
@@ -130,42 +143,62 @@ def verdicts(
 # %% ../../nbs/evaluation/91_statistics.ipynb #c30
 def pairs(
     methods: Mapping[str, Iterable[str]],  # method -> names of its variants, e.g. `config.methods`
-    references: Mapping[str, str],  # method -> its reference method, besides the linear probe
+    references: Mapping[str, str | Sequence[str]],  # method -> its reference method, or several, besides no prompt
 ) -> list[tuple[str, str]]:  # (variant, reference)
     "The comparisons that the report makes; references that were not run are left out."
-    return [
-        (variant, named)
-        for method, variants in methods.items()
-        for variant in variants
-        for reference in dict.fromkeys(["linear_probe", references.get(method)])
-        for named in methods.get(reference, ())
-        if named != variant and method != "linear_probe"
-    ]
+    found = []
+    for method, variants in methods.items():
+        named = references.get(method, ())
+        others = [other for name in ("no_prompt", *([named] if isinstance(named, str) else named)) for other in methods.get(name, ())]
+        for variant in variants if method != "no_prompt" else ():
+            found += [(variant, other) for other in dict.fromkeys([*others, next(iter(variants))]) if other != variant]
+    return found
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c32
+# %% ../../nbs/evaluation/91_statistics.ipynb #c33
 def compare(
     scores: pd.DataFrame,  # from `read_scores`
     pairs: Sequence[tuple[str, str]],  # (variant, reference)
     columns: Sequence[str] = ("clean", "corrupted"),  # images, as in `image_accuracy`
     margin: float = MARGIN,  # points
-) -> pd.DataFrame:  # dataset, variant, reference, images, and what `verdicts` gives
-    "Verdicts on all comparisons; those on one dataset are a family."
+) -> pd.DataFrame:  # mapping, dataset, variant, placement, reference, images, backbones (number that entered), what `verdicts` gives
+    "Verdicts on all comparisons, those with one mapping on one dataset as one family, on backbones with headroom."
+    cells, key = headroom(scores).query("counts"), ["variant", "placement", "reference", "images"]
     tables = {}
-    for dataset, part in scores.groupby("dataset", sort=False):
+    for (mapping, dataset), part in scores.groupby(["mapping", "dataset"], sort=False):
+        open_to_gains = cells[(cells.mapping == mapping) & (cells.dataset == dataset)].backbone
         accuracy = {images: image_accuracy(part, images) for images in columns}
-        named = [(variant, reference, images) for variant, reference in pairs for images in columns]
-        differences = {
-            (variant, reference, images): paired_differences(accuracy[images], variant, reference) for variant, reference, images in named
-        }
-        tables[dataset] = verdicts(differences, [images for *_, images in named], margin)
-    return pd.concat(tables, names=["dataset", "variant", "reference", "images"]).reset_index()
+        entered, differences = {}, {}
+        for variant, reference in pairs:
+            _check_variants((variant, reference), part.variant.unique())
+            for placement, own in part[part.variant == variant].groupby("placement", sort=False):
+                backbones = set(own.backbone) & set(open_to_gains)
+                for images, A in accuracy.items():
+                    entered[variant, placement, reference, images] = len(backbones)
+                    if backbones:
+                        here = A[A.index.isin(backbones, level="backbone")]
+                        differences[variant, placement, reference, images] = paired_differences(here, variant, reference)
+        found = verdicts(differences, [(images, placement) for _, placement, _, images in differences], margin)
+        found = found.reindex(pd.MultiIndex.from_tuples(entered, names=key))
+        found.insert(0, "backbones", [*entered.values()])
+        found["verdict"] = found.verdict.fillna(NO_HEADROOM)
+        found["equivalent"] = found.equivalent.eq(True)  # False where there is no verdict
+        tables[mapping, dataset] = found
+    return pd.concat(tables, names=["mapping", "dataset", *key]).reset_index()
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c35
-def _named(variant: str) -> str:
-    "A variant's name within a sentence, with an article where it needs one."
-    return f"the {variant}" if variant in ("linear probe", "raw pixels") else variant
+# %% ../../nbs/evaluation/91_statistics.ipynb #c40
+def variant_names(
+    rows: pd.DataFrame,  # from `compare`, with all placements of their variants
+) -> pd.Series:
+    "The name of the variant of each row, with the placement where a variant has several, e.g. `VPT-deep as tokens`."
+    several = rows.groupby(["mapping", "dataset", "variant"]).placement.transform("nunique") > 1
+    return rows.variant.where(~several, rows.variant + " as " + rows.placement)
+
+
+def _with(mapping: str) -> str:
+    "The mapping at the start of a sentence."
+    return {"label": "With label mapping", "linear": "With a linear head"}[mapping]
 
 
 def _on(images: str) -> str:
@@ -183,22 +216,25 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c36
+# %% ../../nbs/evaluation/91_statistics.ipynb #c41
 def sentence(
-    rows: pd.DataFrame,  # from `compare`
+    rows: pd.DataFrame,  # from `compare`, with all placements of their variants
 ) -> str:
     "A sentence for each comparison, two where a significant difference lies within the margin."
     found = []
-    for row in rows.itertuples():
-        variant, reference, where = row.variant, _named(row.reference), _on(row.images)
+    for row in rows.assign(variant=variant_names(rows)).itertuples():
+        variant, reference, start, where = row.variant, row.reference, _with(row.mapping), _on(row.images)
         interval = f"95 % simultaneous interval {_points(row.low)} to {_points(row.high)}; MDD {row.mdd:.1f}"
-        numbers = f"{_points(row.difference)} points ({interval})"
+        over = f"{row.backbones} backbone{'s' * (row.backbones != 1)}"
+        numbers = f"{_points(row.difference)} points ({over}; {interval})"
+        points = _points(row.difference)
         claim = {
-            BETTER: f"{variant} is significantly better than {reference} {where}: {numbers}.",
-            WORSE: f"{variant} is significantly worse than {reference} {where}: {numbers}.",
-            EQUIVALENT: f"{variant} and {reference} are equivalent {where}: {numbers}.",
-            NOT_SIGNIFICANT: f"The difference between {variant} and {reference} {where} is not significant: {numbers}.",
-            ONE_SEED: f"{variant} differs from {reference} {where} by {_points(row.difference)} points; one seed allows no verdict.",
+            BETTER: f"{start}, {variant} is significantly better than {reference} {where}: {numbers}.",
+            WORSE: f"{start}, {variant} is significantly worse than {reference} {where}: {numbers}.",
+            EQUIVALENT: f"{start}, {variant} and {reference} are equivalent {where}: {numbers}.",
+            NOT_SIGNIFICANT: f"{start}, the difference between {variant} and {reference} {where} is not significant: {numbers}.",
+            ONE_SEED: f"{start}, {variant} differs from {reference} {where} by {points} points; one seed allows no verdict.",
+            NO_HEADROOM: f"{start}, {variant} is not compared with {reference} {where}: none of its backbones has headroom.",
         }
         found.append(claim[row.verdict])
         if row.equivalent and row.verdict in (BETTER, WORSE):
@@ -206,33 +242,36 @@ def sentence(
     return " ".join(found)
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c38
+# %% ../../nbs/evaluation/91_statistics.ipynb #c44
 def tally(
-    compared: pd.DataFrame,  # one dataset, from `compare`
+    compared: pd.DataFrame,  # one mapping and one dataset, from `compare`
     reference: str,  # variant
 ) -> str:
     "Which variants have which verdict against a reference, a sentence for each verdict."
     found = []
-    for images, part in compared[compared.reference == reference].groupby("images", sort=False):
-        names = {verdict: _listed(list(rows.variant)) for verdict, rows in part.groupby("verdict", sort=False)}
+    rows = compared.assign(variant=variant_names(compared))
+    for (mapping, images), part in rows[rows.reference == reference].groupby(["mapping", "images"], sort=False):
+        names = {verdict: _listed(list(same.variant)) for verdict, same in part.groupby("verdict", sort=False)}
         is_or_are = {verdict: "is" if number == 1 else "are" for verdict, number in part.verdict.value_counts().items()}
-        against, where = _named(reference), _on(images)
-        for verdict in (BETTER, WORSE):
-            subject, verb = names.get(verdict, "No variant"), is_or_are.get(verdict, "is")
-            found.append(f"{subject} {verb} {verdict} than {against} {where}.")
+        start, where = _with(mapping), _on(images)
+        for verdict in (BETTER, WORSE) if set(names) - {ONE_SEED, NO_HEADROOM} else ():
+            subject, verb = names.get(verdict, "no variant"), is_or_are.get(verdict, "is")
+            found.append(f"{start}, {subject} {verb} {verdict} than {reference} {where}.")
         if EQUIVALENT in names:
-            found.append(f"{names[EQUIVALENT]} {is_or_are[EQUIVALENT]} equivalent to {against} {where}.")
+            found.append(f"{start}, {names[EQUIVALENT]} {is_or_are[EQUIVALENT]} equivalent to {reference} {where}.")
         if NOT_SIGNIFICANT in names:
-            found.append(f"The difference to {against} {where} is not significant for {names[NOT_SIGNIFICANT]}.")
+            found.append(f"{start}, the difference to {reference} {where} is not significant for {names[NOT_SIGNIFICANT]}.")
         if ONE_SEED in names:
-            found.append(f"One seed allows no verdict on {names[ONE_SEED]} {where}.")
+            found.append(f"{start}, one seed allows no verdict on {names[ONE_SEED]} {where}.")
+        if NO_HEADROOM in names:
+            found.append(f"{start}, {names[NO_HEADROOM]} {is_or_are[NO_HEADROOM]} not compared with {reference} {where}: no headroom.")
     return " ".join(found)
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c41
+# %% ../../nbs/evaluation/91_statistics.ipynb #c47
 def mcnemar_counts(
-    scores: pd.DataFrame,  # one dataset, from `read_scores`
-    reference: str = "linear probe",  # variant
+    scores: pd.DataFrame,  # one mapping and one dataset, from `read_scores`
+    reference: str = REFERENCE,  # variant
 ) -> pd.DataFrame:  # variant × backbone, e.g. "+2 -0 of 3"
     "Seeds with which a variant is significantly better and worse on clean images, by McNemar's exact test with Holm's correction."
     clean = scores[scores.kind == "clean"].set_index(["variant", "backbone", "seed"]).correct
@@ -248,7 +287,7 @@ def mcnemar_counts(
     return tests.groupby(["variant", "backbone"], sort=False).sign.apply(count).unstack(sort=False)
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c44
+# %% ../../nbs/evaluation/91_statistics.ipynb #c50
 def two_level_bootstrap(
     A: np.ndarray,  # [groups, at least two seeds, images], accuracies or differences
     resamples: int = 10_000,

@@ -46,7 +46,6 @@ class LoRSPConfig(PromptConfig):
     learn_scales: bool = Field(False, description="whether α and g are learned or fixed; if fixed, 3K(H + W) parameters are learned")
     rate_penalty: float = Field(0.0, ge=0, description="λ_ρ, weight of the squared distance between a batch's firing rate and ρ")
     orthogonality: float = Field(0.0, ge=0, description="λ_⊥, weight of the mean squared cosine between the factors of a channel")
-    trainable: bool = Field(True, description="false: the prompt stays as initialised, and only the head is trained")
     lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt")
 
 
@@ -155,8 +154,6 @@ class LoRSP(Prompt):
         if self.has_thresholds:
             self.thresholds = nn.Parameter(torch.ones(self.variant.populations, K, 3), requires_grad=config.learn_thresholds)
             self.calibrate(_noise_images(32, (H, W), config.pool_size).to(self.b.device), backbone)
-        if not config.trainable:
-            self.requires_grad_(False)
 
     def factors(self) -> tuple[Tensor, Tensor]:  # b [K, 1, 3, H] and a [K, 1, 3, W], fp32
         "The factors, one step each."

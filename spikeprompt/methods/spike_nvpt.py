@@ -72,7 +72,7 @@ class BinaryPromptConfig(TokenPromptConfig):
     scaling: Literal["matched", "fixed", "raw", "learned"] = Field("matched", description="how bits become tokens")
     contrast: float = Field(1.0, gt=0, description="initial difference between the two colours of a padding; 1 is the range of a pixel")
     rate_penalty: float = Field(0.0, ge=0, description="weight of the squared difference between bit density and ρ₀")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of the token latents")
+    lr: float = Field(0.1, gt=0, description="peak learning rate of the latents")
 
 
 # %% ../../nbs/methods/31_spike_nvpt.ipynb #c18

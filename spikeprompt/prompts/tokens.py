@@ -333,8 +333,6 @@ class TokenPromptConfig(PromptConfig):
     depth: Literal["deep", "shallow"] = Field("deep", description="new tokens in every block, or once before the first")
     placement: Literal["auto", "tokens", "padding"] = Field("auto", description="auto: padding where a backbone takes no prompt tokens")
     pad_width: int = Field(2, ge=1, description="pixels on each side of a padding prompt")
-    lr: float = Field(0.01, gt=0, description="peak learning rate of tokens")
-    padding_lr: float = Field(0.1, gt=0, description="peak learning rate of a padding prompt")
 
 
 # %% ../../nbs/prompts/23_tokens.ipynb #c35
@@ -368,6 +366,11 @@ class TokenPrompt(Prompt):
         else:
             self.padding = Padding(backbone.input_size, config.pad_width)
             self.shapes = [(3, self.padding.num_pixels)]
+
+    @property
+    def placement(self) -> str:
+        "Whether this prompt consists of tokens or is a padding."
+        return "tokens" if self.padding is None else "padding"
 
     def prompt_tokens(
         self,
