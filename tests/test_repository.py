@@ -62,7 +62,7 @@ def test_committed_verdicts_are_those_of_the_committed_scores():
 def test_tracked_files_are_small_and_name_no_lock():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {name: (ROOT / name).stat().st_size for name in listed if name and (ROOT / name).is_file()}
-    assert sum(sizes.values()) < 24e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
+    assert sum(sizes.values()) < 30e6, sorted(sizes.items(), key=lambda item: -item[1])[:5]
     assert "uv.lock" not in sizes
 
 
