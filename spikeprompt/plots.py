@@ -11,6 +11,7 @@ __all__ = [
     "style",
     "variant_styles",
     "readable",
+    "cells",
     "save_figure",
     "alt_text",
     "show_table",
@@ -32,7 +33,7 @@ __all__ = [
 
 # %% ../nbs/95_plots.ipynb #c02
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import singledispatch
 from html import escape, unescape
 from io import StringIO
@@ -115,6 +116,14 @@ def readable(
 ) -> str:
     "The display name of a mapping, dataset, condition or fault."
     return _READABLE.get(name, name.replace("_", " "))
+
+
+def cells(
+    table: pd.DataFrame,  # with mapping and dataset, e.g. from `read_scores`
+) -> Iterator[tuple[str, str, pd.DataFrame]]:  # stem for files; title; rows
+    "The parts of a table, one for each mapping and dataset."
+    for (mapping, dataset), part in table.groupby(["mapping", "dataset"], sort=False):
+        yield f"{mapping}-{dataset}", f"{readable(mapping)}, {readable(dataset)}", part
 
 
 # %% ../nbs/95_plots.ipynb #c12

@@ -8,10 +8,11 @@ import pytest
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
-from spikeprompt.evaluation.scores import synthetic_scores
+from spikeprompt.evaluation.scores import per_run, synthetic_scores
 from spikeprompt.evaluation.statistics import (
     MARGIN,
     compare,
+    headline,
     image_accuracy,
     mcnemar_counts,
     paired_differences,
@@ -222,6 +223,25 @@ def test_false_claims_on_backbones_chosen_by_headroom(control):
         table = compare(made, [("VPT", "no prompt"), ("spiking", "no prompt"), ("spiking", "VPT")])
         wrong, compared = wrong + claims(table), compared + table.backbones.between(1, 2).any()
     assert compared > 20 and holds(wrong, 40), f"{wrong} of 40 families"
+
+
+def test_a_headline_gives_what_the_tables_hold_for_each_placement_with_headroom():
+    scores = synthetic_scores({"dense": 5, "spiking": 5, "control": 0}, images=400, padded=2).assign(prompt_parameters=1234)
+    compared = compare(scores, [("spiking", "dense"), ("control", "spiking")])
+    runs, names = per_run(scores), list(scores.backbone.unique())
+    tokens, padding = headline(compared, runs, pd.Series(names), "spiking", "dense")
+    assert tokens.startswith("**spiking as tokens** (3 backbones, 1,234 prompt parameters)") and padding.startswith(
+        "**spiking as padding** (2 backbones, "
+    )
+    here = runs[runs.backbone.isin(names[:3])].groupby("variant").clean.mean()
+    row = compared[(compared.variant == "spiking") & (compared.placement == "tokens") & (compared.images == "clean")].iloc[0]
+    assert f"reaches {here['spiking']:.1f} % on clean" in tokens and f"{here['dense']:.1f} % on clean" in tokens
+    assert (
+        f"Points against dense: {row.difference:+.1f} on clean images ({row.verdict})" in tokens and f"the MDD is {row.mdd:.1f}" in tokens
+    )
+    assert "Controls against spiking: control -" in tokens and "(significantly worse)" in tokens
+    assert headline(compared, runs, names[:1], "spiking", "dense")[0].startswith("**spiking as tokens** (1 backbone, ")
+    assert headline(compared, runs, [], "spiking", "dense") == []
 
 
 @pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])

@@ -23,6 +23,7 @@ __all__ = [
     "variant_names",
     "sentence",
     "tally",
+    "headline",
     "mcnemar_counts",
     "two_level_bootstrap",
 ]
@@ -269,6 +270,39 @@ def tally(
 
 
 # %% ../../nbs/evaluation/91_statistics.ipynb #c47
+def headline(
+    compared: pd.DataFrame,  # one mapping and one dataset, from `compare`
+    runs: pd.DataFrame,  # of the same, from `per_run`
+    counted: Sequence[str],  # backbones with headroom
+    variant: str,
+    reference: str,  # variant
+) -> list[str]:  # a paragraph for each placement; none without headroom
+    "Accuracies of a variant, its reference and no prompt, the difference to the reference, and what its controls lack."
+    found = []
+    for placement, rows in compared[compared.variant == variant].groupby("placement", sort=False):
+        own = runs[(runs.variant == variant) & (runs.placement == placement)]
+        backbones = [name for name in own.backbone.unique() if name in set(counted)]
+        if not backbones:
+            continue
+        here = runs[runs.backbone.isin(backbones)].groupby("variant")[["clean", "corrupted", "prompt_parameters"]].mean()
+        reached = lambda name: f"{here.clean[name]:.1f} % on clean and {here.corrupted[name]:.1f} % on corrupted images"
+        learned = lambda name: f"{here.prompt_parameters[name]:,.0f} prompt parameters"
+        judged = lambda rows: " and ".join(f"{_points(row.difference)} {_on(row.images)} ({row.verdict})" for row in rows.itertuples())
+        as_placed = f" as {placement}" if compared[compared.variant == variant].placement.nunique() > 1 else ""
+        over = f"{len(backbones)} backbone{'s' * (len(backbones) > 1)}"
+        against = rows[rows.reference == reference]
+        found.append(
+            f"**{variant}{as_placed}** ({over}, {learned(variant)}) reaches {reached(variant)}, {reference} ({learned(reference)}) "
+            f"{reached(reference)}, {REFERENCE} {reached(REFERENCE)}. Points against {reference}: {judged(against)}; "
+            f"the MDD is {' and '.join(f'{mdd:.1f}' for mdd in against.mdd)}."
+        )
+        controls = compared[(compared.reference == variant) & (compared.placement == placement)]
+        said = [f"{name} {judged(rows)}" for name, rows in controls.groupby("variant", sort=False)]
+        found[-1] += f" Controls against {variant}: {'; '.join(said)}." if said else ""
+    return found
+
+
+# %% ../../nbs/evaluation/91_statistics.ipynb #c50
 def mcnemar_counts(
     scores: pd.DataFrame,  # one mapping and one dataset, from `read_scores`
     reference: str = REFERENCE,  # variant
@@ -287,7 +321,7 @@ def mcnemar_counts(
     return tests.groupby(["variant", "backbone"], sort=False).sign.apply(count).unstack(sort=False)
 
 
-# %% ../../nbs/evaluation/91_statistics.ipynb #c50
+# %% ../../nbs/evaluation/91_statistics.ipynb #c53
 def two_level_bootstrap(
     A: np.ndarray,  # [groups, at least two seeds, images], accuracies or differences
     resamples: int = 10_000,
