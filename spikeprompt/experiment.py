@@ -13,7 +13,6 @@ __all__ = [
     "check_classes",
     "check_experiment",
     "write_stages",
-    "main",
 ]
 
 # %% ../nbs/94_experiment.ipynb #c02
@@ -26,7 +25,7 @@ import numpy as np
 
 from .backbones.loader import Backbone, create_backbone, fingerprint
 from .config import ConfigError, ExperimentConfig, project_root, read_params
-from .datasets import DataError, ImageDataset, read_dataset, split, test_images
+from .datasets import ImageDataset, read_dataset, split, test_images
 from .engine import code_checksum
 from .prompts.base import create_prompt, method_class
 from .robustness.attacks import attack_conditions
@@ -167,22 +166,3 @@ def write_stages(
             path.unlink()
     for name, record in records.items():
         (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-
-
-# %% ../nbs/94_experiment.ipynb #c11
-def main():
-    "The command `spikeprompt-check`: the pipeline's first stage."
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="spikeprompt-check", description="Check an experiment and write what each of its stages depends on."
-    )
-    parser.add_argument("params", nargs="?", default="params.yaml", help="the params file")
-    parser.add_argument("--out", default="runs/stages", help="folder of the stages' files")
-    chosen = parser.parse_args()
-    try:
-        write_stages(check_experiment(parse_experiment(read_params(chosen.params))), chosen.out)
-    except ConfigError as error:
-        raise SystemExit(f"{chosen.params}: {error}") from None
-    except DataError as error:
-        raise SystemExit(f"data: {error}") from None

@@ -16,7 +16,7 @@ def resolve(text: str) -> list[str]:
         (Path(folder) / "README.md").touch()
         (Path(folder) / "spikeprompt").mkdir()
         (Path(folder) / "spikeprompt/__init__.py").write_text('__version__ = "0"\n')
-        export = ["uv", "export", "-q", "--all-groups", "--no-hashes", "--no-annotate", "--no-header", "--no-emit-project"]
+        export = ["uv", "export", "-q", "--all-groups", "--all-extras", "--no-hashes", "--no-annotate", "--no-header", "--no-emit-project"]
         return subprocess.run(export, cwd=folder, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
