@@ -49,6 +49,8 @@ def relink(text: str, folder: Path) -> str:
         path = place(source if image else link)
         if image:
             return f"![{alt}](/{path})"
+        if path and path.suffix == ".md" and path.parts[0] in ("docs", "CONTRIBUTING.md"):
+            return f"[{name}](/{path.name.lower()})"
         return f"[{name}](/{path})" if path and path.suffix == ".ipynb" and path.parts[0] in ("nbs", "results") else name
 
     return LINK.sub(replace, text)
@@ -103,6 +105,8 @@ def gather():
         text = "\n\n".join(f"## {section}\n\n{sections[section].strip()}" for section in wanted)
         write(f"{name}.md", f"# {title}\n\n{relink(text, ROOT)}\n")
 
+    write("contributing.md", relink((ROOT / "CONTRIBUTING.md").read_text(), ROOT))
+
     links = {}
     for name, (title, patterns) in NOTEBOOKS.items():
         listed = {}
@@ -139,7 +143,7 @@ def main():
         return
     places = ["-d", DOCTREES, SOURCE, PAGES]
     if chosen.serve:
-        watched = [option for name in ("docs", "nbs", "results", "README.md") for option in ("--watch", ROOT / name)]
+        watched = [option for name in ("docs", "nbs", "results", "README.md", "CONTRIBUTING.md") for option in ("--watch", ROOT / name)]
         again = ["--pre-build", f"{sys.executable} {__file__} --gather", "--ignore", SOURCE]
         raise SystemExit(subprocess.run([sys.executable, "-m", "sphinx_autobuild", *watched, *again, "--open-browser", *places]).returncode)
     strict = ["-q", "-W", "--keep-going", "-j", "auto", "-b", "html"]
