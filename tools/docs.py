@@ -25,6 +25,7 @@ README = {  # page -> title, sections of the README
     "interpretation": ("What is ours", ["Our interpretation", "Where the backbones come from"]),
 }
 NOTEBOOKS = {  # page -> title, notebooks in reading order
+    "tutorials": ("Tutorials", ["nbs/tutorials/*"]),
     "foundations": ("Foundations", ["nbs/0*", "nbs/backbones/*"]),
     "prompts": ("Prompts", ["nbs/prompts/*", "nbs/methods/*", "nbs/baselines/*", "nbs/controls/*", "nbs/60_*"]),
     "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9*"]),
