@@ -44,7 +44,7 @@ from .image_dataset import DataError, ImageDataset
 from .model import PromptedModel
 from .plots import draw_prompt
 from .prompts.base import create_prompt
-from .robustness.corruptions import conditions, corrupt
+from .robustness.corruptions import condition_key, conditions, corrupt
 from .training.head import to_pixels
 from .training.loop import train
 
@@ -162,7 +162,8 @@ def test_scores(
     "Accuracy on clean and on noisy images."
     shown = {(name, level): corrupt(images, name, level, constant, noise.seed) for name, level, constant in conditions(noise)}
     rows = evaluate(model, shown, labels, noise, 0)
-    return pd.Series({f"{row['corruption']} {row['severity']:g}".removesuffix(" 0"): 100 * row["accuracy"] for row in rows})
+    named = lambda row: condition_key(row["corruption"], row["severity"]).removesuffix(" 0")
+    return pd.Series({named(row): 100 * row["accuracy"] for row in rows})
 
 
 def adapt(

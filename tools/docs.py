@@ -113,8 +113,9 @@ def gather():
         listed = {}
         for path in [path for pattern in patterns for path in sorted(ROOT.glob(f"{pattern}.ipynb"))]:
             place = path.relative_to(ROOT)
-            write(place, nbformat.writes(as_page(path, "folded" if name == "pipeline" else "shown")))
-            heading, *rest = [line for line in nbformat.read(path, 4).cells[0].source.splitlines() if line]
+            shown = as_page(path, "folded" if name == "pipeline" else "shown")
+            write(place, nbformat.writes(shown))
+            heading, *rest = [line for line in shown.cells[0].source.splitlines() if line]
             listed[place.as_posix()] = heading.removeprefix("# "), rest[0].removeprefix("> ").partition(". ")[0].rstrip(".")
             for mention in place.as_posix(), place.with_suffix("").as_posix(), path.stem:
                 links[mention] = ("std", "doc", f"/{place.with_suffix('').as_posix()}")
