@@ -181,11 +181,10 @@ def adapt(
     for method in NoPromptConfig(), config:
         set_seed(seed)
         net = backbone()
-        fit = lambda images: to_size(images, net.input_size, net.interpolation)
-        parts.train, parts.val = ((fit(images), labels) for images, labels in (parts.train, parts.val))
+        parts.train, parts.val = ((net.resize(images), labels) for images, labels in (parts.train, parts.val))
         prompt = create_prompt(method, net)
         model, history, _ = train(net, prompt, parts, training, mapping, seed, report)
-        scores[prompt.label] = test_scores(model, fit(torch.from_numpy(dataset.x_test)), torch.from_numpy(dataset.y_test), noise)
+        scores[prompt.label] = test_scores(model, net.resize(torch.from_numpy(dataset.x_test)), torch.from_numpy(dataset.y_test), noise)
     return Adapted(model, pd.DataFrame(scores), history, dataset.class_names)
 
 

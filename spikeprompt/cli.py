@@ -13,9 +13,10 @@ __all__ = [
     "backbones",
     "methods",
     "datasets",
+    "download",
+    "pack_data",
     "check",
     "read_data",
-    "known",
     "parse_settings",
     "adapt",
     "load_adapter",
@@ -25,7 +26,6 @@ __all__ = [
 ]
 
 # %% ../nbs/97_cli.ipynb #c02
-import difflib
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +100,28 @@ def datasets(as_json: Json = False):
 
 # %% ../nbs/97_cli.ipynb #c10
 @app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="A timm name, e.g. resnet18.")],
+    folder: Annotated[str, typer.Option(help="Folder of weights files.")] = "weights",
+):
+    "Fetch a pretrained model from timm's hub and keep it as a file."
+    from spikeprompt.backbones.loader import download
+
+    with one_line_errors():
+        download(name, folder)
+
+
+@app.command()
+def pack_data(source: Annotated[Path, typer.Argument(help="Folder with the four canonical Fashion-MNIST idx.gz files.")]):
+    "Make data/fashion_mnist anew from the canonical files."
+    from spikeprompt.datasets import shorten
+
+    with one_line_errors():
+        shorten(source)
+
+
+# %% ../nbs/97_cli.ipynb #c12
+@app.command()
 def check(
     params: Annotated[Path, typer.Argument(help="The params file.")] = Path("params.yaml"),
     out: Annotated[str, typer.Option(help="Folder of the stages' files.")] = "runs/stages",
@@ -116,7 +138,7 @@ def check(
         raise typer.Exit(2) from None
 
 
-# %% ../nbs/97_cli.ipynb #c12
+# %% ../nbs/97_cli.ipynb #c14
 def read_data(data: Path, backbone):
     "A folder of images or an .npz file as a dataset of the backbone's size; says what was converted."
     from spikeprompt.adapt import read_image_folder
@@ -129,15 +151,6 @@ def read_data(data: Path, backbone):
         kinds = ", ".join(f"{number} {kind}" for kind, number in converted.items())
         typer.echo(f"converted to RGB: {kinds}", err=True)
     return dataset
-
-
-def known(kind: str, name: str, names: list[str]):
-    "Refuse an unknown name and offer the nearest ones; raises `ValueError`."
-    if name not in names:
-        near = difflib.get_close_matches(name, names, 3)
-        raise ValueError(
-            f"{kind} {name!r} is unknown; " + (f"did you mean {', '.join(near)}?" if near else f"allowed are {', '.join(names)}")
-        )
 
 
 def parse_settings(settings: list[str]) -> dict:
@@ -166,19 +179,14 @@ def adapt(
 ):
     "Train a prompt and a head on a folder of images, and write the adapter with a report card."
     import torch
-    from timm import list_models
 
     from spikeprompt import adapt as work
     from spikeprompt.backbones.loader import create_backbone
-    from spikeprompt.backbones.pocket import pocket_names
     from spikeprompt.config import TrainConfig, parse_config
-    from spikeprompt.datasets import to_size
-    from spikeprompt.prompts.base import create_prompt, method_class, packaged_methods
+    from spikeprompt.prompts.base import create_prompt, method_class
     from spikeprompt.training.head import to_pixels
 
     with one_line_errors():
-        known("backbone", backbone, [*pocket_names, *list_models()])
-        known("method", method, packaged_methods())
         config = parse_config(method_class(method).config_class, parse_settings(setting), method)
         build = lambda: create_backbone(backbone, weights)
         net = build()
@@ -196,7 +204,7 @@ def adapt(
             seed=seed,
             report=lambda line: typer.echo(line, err=True),
         )
-        images = to_pixels(to_size(torch.from_numpy(dataset.x_test[:4]), net.input_size, net.interpolation))
+        images = to_pixels(net.resize(torch.from_numpy(dataset.x_test[:4])))
         card = work.report_card(adapted, images)
         adapted.model.save_pretrained(out)
         (out / "labels.json").write_text(json.dumps(adapted.class_names, ensure_ascii=False) + "\n")
@@ -205,7 +213,7 @@ def adapt(
         typer.echo(f"adapter and report card are in {out}", err=True)
 
 
-# %% ../nbs/97_cli.ipynb #c14
+# %% ../nbs/97_cli.ipynb #c16
 def load_adapter(adapter: Path, weights: str):
     "The model of an adapter, its backbone packaged or from a folder of weights; raises `ValueError`."
     from spikeprompt.backbones.loader import create_backbone
@@ -253,7 +261,6 @@ def evaluate(
 
     from spikeprompt.adapt import test_scores
     from spikeprompt.config import RobustnessConfig
-    from spikeprompt.datasets import to_size
 
     with one_line_errors():
         model = load_adapter(adapter, weights)
@@ -261,7 +268,7 @@ def evaluate(
         names = json.loads((adapter / "labels.json").read_text())
         if dataset.class_names != names:
             raise ValueError(f"{data}: its classes are {', '.join(dataset.class_names)}; those of {adapter} are {', '.join(names)}")
-        images = to_size(torch.from_numpy(dataset.x_test), model.backbone.input_size, model.backbone.interpolation)
+        images = model.backbone.resize(torch.from_numpy(dataset.x_test))
         scores = test_scores(model, images, torch.from_numpy(dataset.y_test), RobustnessConfig(sigmas=sigma, corruptions=[]))
         show([{"images": name, "accuracy (%)": value} for name, value in scores.items()], as_json)
 

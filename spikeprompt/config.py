@@ -9,6 +9,7 @@ __all__ = [
     "OneOrMore",
     "project_root",
     "ConfigError",
+    "did_you_mean",
     "Config",
     "format_validation_error",
     "parse_config",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 # %% ../nbs/00_config.ipynb #c02
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -52,6 +54,15 @@ def project_root() -> Path:
 # %% ../nbs/00_config.ipynb #c08
 class ConfigError(ValueError):
     "An invalid configuration value: one line with its name, the value and the allowed values."
+
+
+def did_you_mean(
+    name: str,
+    allowed: list[str],
+) -> str:  # the end of an error's line; empty if no allowed name is near
+    "Offer the allowed names that are nearest to an unknown one."
+    near = get_close_matches(name, allowed, 3)
+    return f"; did you mean {', '.join(near)}?" if near else ""
 
 
 # %% ../nbs/00_config.ipynb #c09
@@ -192,6 +203,7 @@ class TunedConfig(Config):
 class ExperimentConfig(Config):
     "Configuration of one experiment."
 
+    question: str = Field("", description="what the experiment asks, for its report; empty: whether spiking prompts help")
     extensions: Distinct[str] = Field([], description="modules of one's own that register methods or datasets, imported first")
     backbones: BackbonesConfig
     datasets: dict[str, DatasetConfig] = Field(min_length=1, description="dataset: how much of it")

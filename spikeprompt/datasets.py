@@ -19,7 +19,6 @@ __all__ = [
     "test_images",
     "to_size",
     "shorten",
-    "main",
 ]
 
 # %% ../nbs/04_datasets.ipynb #c02
@@ -61,7 +60,7 @@ def read_checked(
 ) -> bytes:  # the unzipped content
     "Read one Fashion-MNIST file whose content has a recorded checksum; raises `DataError`."
     path = Path(folder) / name
-    mend = "`git checkout -- data` restores the shipped files; `spikeprompt-data SOURCE` makes them anew"
+    mend = "`git checkout -- data` restores the shipped files; `spikeprompt pack-data SOURCE` makes them anew"
     try:
         content = gzip.decompress(path.read_bytes())
     except FileNotFoundError:
@@ -254,16 +253,3 @@ def shorten(
     for path in fresh.iterdir():
         path.replace(folder / path.name)
     fresh.rmdir()
-
-
-# %% ../nbs/04_datasets.ipynb #c37
-def main():
-    "The command `spikeprompt-data SOURCE`."
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="spikeprompt-data", description="Make data/fashion_mnist from the canonical files.")
-    parser.add_argument("source", help="folder with the four Fashion-MNIST idx.gz files")
-    try:
-        shorten(parser.parse_args().source)
-    except DataError as error:
-        raise SystemExit(f"spikeprompt-data: {error}") from None

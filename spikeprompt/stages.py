@@ -5,12 +5,15 @@
 # %% auto #0
 __all__ = [
     "RUN",
+    "TRAINING",
     "COORDINATES",
     "import_extensions",
     "parse_experiment",
     "read_stage",
     "all_runs",
     "run_folder",
+    "write_run",
+    "read_run",
     "read_tuned",
     "run_settings",
 ]
@@ -90,6 +93,31 @@ def run_folder(
 
 
 # %% ../nbs/61_stages.ipynb #c16
+TRAINING = "training.json"
+
+
+def write_run(
+    folder: str | Path,  # of the run, with its adapter
+    record: dict,  # the run's names, validation accuracy, measures
+    history: pd.DataFrame,  # a row an epoch
+):
+    "Keep what was measured in training."
+    columns = {name: [None if pd.isna(value) else value for value in column] for name, column in history.to_dict("list").items()}
+    unfinished = Path(folder) / f"{TRAINING}.new"
+    unfinished.write_text(json.dumps({"record": record, "history": columns}, indent=1) + "\n")
+    unfinished.replace(unfinished.with_name(TRAINING))
+
+
+def read_run(
+    folder: str | Path,  # of a finished run
+) -> tuple[dict, pd.DataFrame]:  # record, history
+    "Read what was measured in training."
+    found = json.loads((Path(folder) / TRAINING).read_text())
+    history = pd.DataFrame(found["history"])
+    return found["record"], history.astype({name: float for name in history if history[name].isna().any()})
+
+
+# %% ../nbs/61_stages.ipynb #c18
 COORDINATES = ["mapping", "backbone", "variant"]  # what a search tunes apart
 
 
@@ -116,7 +144,7 @@ def read_tuned(
     return values
 
 
-# %% ../nbs/61_stages.ipynb #c17
+# %% ../nbs/61_stages.ipynb #c19
 def run_settings(
     config: ExperimentConfig,
     run: tuple[str, str, str, str, str, int],  # from `all_runs`

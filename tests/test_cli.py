@@ -102,7 +102,7 @@ def test_lists_name_what_there_is():
     methods = {row["method"]: row for row in json.loads(call("methods", "--json").stdout)}
     assert "rank" in methods["lorsp"]["settings"] and "lorsp_no_carry" in methods
     assert {row["dataset"] for row in json.loads(call("datasets", "--json").stdout)} >= {"fashion_mnist", "sprites_position"}
-    for command in "adapt", "evaluate", "predict", "export", "check":
+    for command in "adapt", "evaluate", "predict", "export", "check", "download", "pack-data":
         assert call(command, "--help").exit_code == 0
 
 
@@ -177,8 +177,8 @@ def test_a_faulty_folder_is_one_line_and_nothing_is_written(kind, said, tmp_path
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--backbone", "pocket_resnt"], "backbone 'pocket_resnt' is unknown; did you mean pocket_resnet"),
-        (["--method", "lorps"], "method 'lorps' is unknown; did you mean lorsp"),
+        (["--backbone", "pocket_resnt"], "any timm name; did you mean pocket_resnet"),
+        (["--method", "lorps"], "imported module registers; did you mean lorsp"),
         (["--set", "rank=zero"], "lorsp.rank = 'zero': input should be a valid integer"),
         (["--set", "rnak=2"], "lorsp.rnak is not a setting"),
         (["--set", "rank"], "--set rank: name=value is needed"),
@@ -218,3 +218,8 @@ def test_a_damaged_adapter_and_a_wrong_file_name_are_refused(folder, adapter, tm
     assert "2.png.missing" in refused("predict", adapter[0], f"{image}.missing")
     (copy / "out").write_text("a file")
     assert "out: File exists" in refused("adapt", "--data", folder, "--out", copy / "out", *RUN)
+
+
+def test_files_are_fetched_and_made_by_name(tmp_path):
+    assert "any timm name; did you mean resnet18" in refused("download", "resnet81")
+    assert "train-images-idx3-ubyte.gz is missing" in refused("pack-data", tmp_path)

@@ -30,7 +30,7 @@ def make(cls=LoRSP, size=32, calibrate=True, **settings):
     prompt = create_prompt(cls.config_class(**settings), backbone)
     if calibrate:
         prompt.calibrate(noise(64, size), backbone)
-    return prompt
+    return prompt.eval()
 
 
 @pytest.mark.parametrize(
@@ -39,10 +39,11 @@ def make(cls=LoRSP, size=32, calibrate=True, **settings):
         ({"rank": 4}, 5376),
         ({"rank": 2}, 2688),
         ({"rank": 1}, 1344),
-        ({"learn_scales": True}, 5389),
-        ({"learn_thresholds": True}, 5400),
-        ({"learn_scales": True, "variant": "static"}, 5388),
-        ({"learn_thresholds": True, "variant": "select"}, 5388),
+        ({"learn_gain": True}, 5377),
+        ({"thresholds": "learned"}, 5400),
+        ({"learn_gain": True, "variant": "static"}, 5376),
+        ({"thresholds": "learned", "variant": "select"}, 5388),
+        ({"variant": "binary"}, 5388),
         ({"trainable": False}, 0),
     ],
 )
@@ -69,7 +70,7 @@ def test_a_pixel_is_zero_where_its_row_and_column_never_fire_together():
 @variants
 @pytest.mark.parametrize("surrogate", ["atan", "triangle", "sigmoid"])
 def test_every_tensor_learns(variant, surrogate):
-    prompt = make(variant=variant, surrogate=surrogate, learn_scales=True, learn_thresholds=True).train()
+    prompt = make(variant=variant, surrogate=surrogate, learn_gain=True, thresholds="learned").train()
     (prompt.pixels(noise(32)) - 0.3).square().sum().backward()
     learning = {name: (p.grad != 0).float().mean().item() for name, p in prompt.named_parameters()}
     assert min(learning.values()) > (0.5 if surrogate == "triangle" else 0.9), learning
@@ -99,60 +100,75 @@ def test_construction_draws_the_factors_and_nothing_else(variant):
     prompt = make(variant=variant, calibrate=False)
     after = torch.rand(1)
     torch.manual_seed(0)
-    assert torch.equal(prompt.b, torch.randn(3, 4, 32)) and torch.equal(prompt.a, torch.randn(3, 4, 32))
+    assert torch.equal(prompt.b, 0.01 * torch.randn(3, 4, 32)) and torch.equal(prompt.a, 0.01 * torch.randn(3, 4, 32))
     assert torch.equal(after, torch.rand(1))
     assert mean_firing_rate(prompt.spikes(noise(64))).item() == pytest.approx(0.3, abs=0.15)
 
 
+@variants
+def test_training_starts_from_a_prompt_that_changes_nothing(variant):
+    assert make(variant=variant).prompt(noise(8)).abs().max() < (0.05 if variant == "binary" else 0.004)  # a grey level
+
+
 @classes
-def test_forward_is_the_prompted_image_and_the_penalty_of_the_same_spikes(cls):
-    prompt, images = make(cls, orthogonality=1.0).eval(), noise(8)
+def test_forward_is_the_prompted_image(cls):
+    prompt, images = make(cls).eval(), noise(8)
     prompted, penalty = prompt(images)
-    assert torch.equal(prompted, prompt.pixels(images))
+    assert torch.equal(prompted, prompt.pixels(images)) and penalty == 0
     assert torch.equal(prompted, images + prompt.prompt(images))
-    assert 0 < penalty < 2 and make(cls)(images)[1] == 0
 
 
 @classes
-def test_no_call_leaves_anything_behind(cls):
-    settings = {} if not cls.has_thresholds else {"rate_penalty": 1.0}
-    prompt, images = make(cls, orthogonality=1.0, **settings).train(), noise(8)
+@pytest.mark.parametrize("training", [False, True])
+def test_no_call_leaves_anything_behind_but_thresholds_in_training(cls, training):
+    prompt, images = make(cls).train(training), noise(8)
     names, state = sorted(vars(prompt)), copy.deepcopy(prompt.state_dict())
-    prompted, penalty = prompt(images)
-    (prompted.square().sum() + penalty).backward()
+    prompted, _ = prompt(images)
+    prompted.square().sum().backward()
     assert prompt.measures(images).keys() == prompt.measures(images).keys() == {"pixel_density", "rms", "firing_rate"}
     assert sorted(vars(prompt)) == names
-    assert all(torch.equal(value, state[key]) for key, value in prompt.state_dict().items())
+    changed = {key for key, value in prompt.state_dict().items() if not torch.equal(value, state[key])}
+    assert changed == ({"thresholds"} if training and cls.has_thresholds else set())
     twin = copy.deepcopy(prompt).eval()
     with torch.no_grad():
         prompt.b.zero_()
     assert twin.prompt(images).abs().max() > 0
 
 
-def test_penalties_pull_where_they_should():
-    prompt, images = make(rate_penalty=1.0, orthogonality=1.0).train(), noise(32)
+@classes
+def test_homeostasis_brings_the_rate_back_in_training_alone(cls):
+    images, rate = noise(64), lambda prompt: mean_firing_rate(prompt.spikes(images)).item()
+    settings = {} if cls.has_thresholds else {"firing_rate": 0.3125}
+    prompt = make(cls, **settings)
+    if not cls.has_thresholds:  # a mask needs none
+        assert rate(prompt) == 0.3125
+        return
     with torch.no_grad():
-        prompt.thresholds.mul_(1.5)  # too few spikes
-        prompt.b[:, 1] = prompt.b[:, 0] + 0.5 * prompt.b[:, 1]  # two factors that are alike
-    start = mean_firing_rate(prompt.spikes(images)).item(), prompt(images)[1].item()
-    optimizer = torch.optim.Adam([prompt.b, prompt.a], 0.05)
-    for _ in range(30):
-        optimizer.zero_grad()
-        prompt(images)[1].backward()
-        optimizer.step()
-    assert prompt(images)[1].item() < start[1] / 2
-    assert start[0] + 0.05 < mean_firing_rate(prompt.spikes(images)).item() < 0.35
+        prompt.thresholds.mul_(2)
+    assert rate(prompt.eval()) == rate(prompt) < 0.2
+    for _ in range(40):
+        prompt.train()(images)
+    assert rate(prompt.eval()) == pytest.approx(0.3, abs=0.02)
+    fixed = make(cls, thresholds="fixed")
+    before = fixed.thresholds.clone()
+    fixed.train()(noise(64, seed=1))
+    assert torch.equal(fixed.thresholds, before)
+
+
+def test_the_scale_of_the_factors_moves_no_spike():
+    small, large, images = make(init_std=0.01), make(init_std=1.0), noise(16)
+    assert all((s != t).float().mean() < 1e-3 for s, t in zip(small.spikes(images), large.spikes(images)))
+    torch.testing.assert_close(1e4 * small.prompt(images).mean(), large.prompt(images).mean(), rtol=0.05, atol=1e-3)
 
 
 def test_an_untrained_prompt_has_nothing_to_learn():
-    prompt = make(trainable=False, learn_scales=True, learn_thresholds=True, rate_penalty=1.0, orthogonality=1.0)
-    prompted, penalty = prompt(noise(4))
-    assert not prompted.requires_grad and not penalty.requires_grad and penalty > 0
+    prompt = make(trainable=False, learn_gain=True, thresholds="learned")
+    assert not prompt(noise(4))[0].requires_grad
 
 
 @pytest.mark.parametrize("surrogate", ["atan", "triangle", "sigmoid"])
 def test_factors_learn_a_low_rank_pattern(surrogate):
-    prompt, images = make(surrogate=surrogate, rank=2, amplitude=1.0, firing_rate=0.5), noise(16)
+    prompt, images = make(surrogate=surrogate, rank=2, init_std=1.0, firing_rate=0.5), noise(16)
     draw = torch.Generator().manual_seed(3)
     sparse = lambda: torch.randn(3, 2, 32, generator=draw) * (torch.rand(3, 2, 32, generator=draw) < 0.5)
     wanted = torch.einsum("ckh,ckw->chw", sparse(), sparse())
@@ -191,7 +207,7 @@ def test_autocast_changes_no_spike_and_no_pixel(variant):
 
 @variants
 def test_a_bf16_model_spikes_in_fp32(variant):
-    prompt = make(variant=variant, learn_scales=True, learn_thresholds=True).to(torch.bfloat16).train()
+    prompt = make(variant=variant, learn_gain=True, thresholds="learned").to(torch.bfloat16).train()
     images = noise(4).bfloat16()
     prompted, _ = prompt(images)
     assert prompted.dtype == prompt.pixels(images).dtype == torch.bfloat16
@@ -222,12 +238,13 @@ def test_exports_with_any_batch_size(cls, settings):
 
 @pytest.mark.parametrize("variant", ["factor", "pixel"])
 def test_compiles_with_gradients(variant):
-    prompt, images = make(variant=variant, rate_penalty=1.0).train(), noise(4)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda images: prompt(images), backend="eager", fullgraph=True)
-    found, expected = compiled(images), prompt(images)
-    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
-    grads = [torch.autograd.grad(x.square().sum() + penalty, [prompt.b, prompt.a]) for x, penalty in (found, expected)]
+    own, images = make(variant=variant).train(), noise(4)
+    twin = copy.deepcopy(own)
+    found = torch.compile(lambda images: own(images)[0], backend="eager", fullgraph=True)(images)
+    expected = twin(images)[0]
+    assert torch.equal(found, expected) and torch.equal(own.thresholds, twin.thresholds)
+    grads = [torch.autograd.grad(x.square().sum(), [prompt.b, prompt.a]) for x, prompt in ((found, own), (expected, twin))]
     for one, other in zip(*grads):
         torch.testing.assert_close(one, other)
 
@@ -242,7 +259,9 @@ def test_a_state_dict_is_the_whole_prompt(cls):
     assert torch.equal(other.pixels(images), prompt.pixels(images))
 
 
-@pytest.mark.parametrize("bad", [{"rank": 0}, {"rank": 2.5}, {"firing_rate": 1.0}, {"lr": 0.0}, {"rnak": 2}, {"surrogate": "identity"}])
+@pytest.mark.parametrize(
+    "bad", [{"rank": 0}, {"rank": 2.5}, {"firing_rate": 1.0}, {"lr": 0.0}, {"rnak": 2}, {"surrogate": "identity"}, {"thresholds": "none"}]
+)
 def test_config_refuses_what_cannot_work(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         parse_config(LoRSPConfig, bad, "lorsp")
@@ -252,11 +271,9 @@ def test_config_refuses_what_cannot_work(bad):
     "cls, settings, message",
     [
         (LoRSPRandomMask, {"variant": "factor"}, "variant = 'factor': input should be 'static'"),
-        (LoRSPRandomMask, {"learn_thresholds": True}, "learn_thresholds = True: input should be False"),
-        (LoRSPRandomMask, {"rate_penalty": 1.0}, "rate_penalty = 1.0: input should be less than or equal to 0"),
+        (LoRSPRandomMask, {"thresholds": "learned"}, "thresholds = 'learned': input should be 'fixed'"),
         (LoRSPMagnitudeMask, {"variant": "pixel"}, "variant = 'pixel': input should be 'factor', 'binary' or 'static'"),
-        (LoRSPMagnitudeMask, {"learn_thresholds": True}, "learn_thresholds = True: input should be False"),
-        (LoRSPMagnitudeMask, {"rate_penalty": 1.0}, "rate_penalty = 1.0: input should be less than or equal to 0"),
+        (LoRSPMagnitudeMask, {"thresholds": "homeostatic"}, "thresholds = 'homeostatic': input should be 'fixed'"),
     ],
 )
 def test_masks_refuse_what_has_no_meaning_there(cls, settings, message):

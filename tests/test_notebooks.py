@@ -45,7 +45,7 @@ def test_a_stage_has_one_parameters_cell(path):
 
 
 def test_numbers_are_the_reading_order():
-    numbers = [int(path.name.split("_")[0]) for path in [*MODULES, *STAGES]]
+    numbers = [int(path.name.split("_")[0]) for path in [*MODULES, *STAGES] if path.stem != "template_method"]
     assert len(set(numbers)) == len(numbers)
 
 

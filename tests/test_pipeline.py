@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
+import sys
 
 import pandas as pd
 import pytest
@@ -202,24 +202,22 @@ def test_a_wrong_value_stops_before_any_training(copy, groups, said):
     assert state(folder) == before
 
 
-def test_a_method_added_by_a_notebook_appears_in_tables_and_figures(copy):
+def test_a_method_made_from_the_template_appears_in_tables_figures_and_site(copy):
     folder, _ = copy
-    readme = (folder / "README.md").read_text()
-    code = readme.split("```python\n#| default_exp methods.offset\n")[1].split("```")[0].strip()  # the example that users copy
-    cells = ["#| default_exp methods.offset", *filter(None, re.split(r"\s*#\| export\n", code))]
-    from nbformat.v4 import new_code_cell, new_notebook, writes
-
-    notebook = new_notebook(cells=[new_code_cell(cell if cell.startswith("#|") else f"#| export\n{cell}") for cell in cells])
-    (folder / "nbs/methods/32_offset.ipynb").write_text(writes(notebook))
+    notebook = (folder / "nbs/template_method.ipynb").read_text().replace("# template: ", "")
+    (folder / "nbs/methods/32_tint.ipynb").write_text(notebook)
     exported = call(folder, "nbdev-export")
     assert exported.returncode == 0, exported.stderr
-    params(folder, methods={**TINY["methods"], "offset": None})
+    params(folder, methods={**TINY["methods"], "tint": None})
     done = call(folder, "dvc", "repro")
     params(folder)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Running stage 'train@offset'" in done.stdout and "Running stage 'train@lorsp'" not in done.stdout
-    assert "Offset" in set(pd.read_csv(folder / "results/verdicts.csv").variant)
-    assert "Offset" in (folder / "results/report.ipynb").read_text()
+    assert "Running stage 'train@tint'" in done.stdout and "Running stage 'train@lorsp'" not in done.stdout
+    assert "Tint" in set(pd.read_csv(folder / "results/verdicts.csv").variant)
+    assert "Tint" in (folder / "results/report.ipynb").read_text()
+    gathered = call(folder, sys.executable, "tools/docs.py", "--gather")
+    assert gathered.returncode == 0, gathered.stderr
+    assert "strength" in (folder / "build/site/source/reference/spikeprompt.methods.tint.md").read_text()
 
 
 def test_tuned_values_reach_the_runs_that_take_them(copy):

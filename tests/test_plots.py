@@ -60,7 +60,7 @@ def history():
     "Training losses that fall by a half over the last fifth with no prompt, by a fifth with a prompt."
     epochs = np.arange(1, 11)
     runs = [
-        pd.DataFrame({"epoch": epochs, "loss": np.where(epochs == 10, end, 1.0) + 0.1 * (seed - 1), "val_accuracy": 0.5}).assign(
+        pd.DataFrame({"epoch": epochs, "loss": np.where(epochs == 10, end, 1.0) + 0.1 * (seed - 1), "train_accuracy": 0.5}).assign(
             mapping=mapping, dataset="toy", backbone=backbone, method=variant, variant=variant, seed=seed
         )
         for mapping in ("label", "linear")

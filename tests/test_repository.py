@@ -7,6 +7,7 @@ import subprocess
 
 import pandas as pd
 import pytest
+import yaml
 
 from spikeprompt.backbones.pocket import packaged_weights, pocket_names
 from spikeprompt.config import project_root, read_params
@@ -67,6 +68,15 @@ def test_tracked_files_are_small_and_name_no_lock():
     assert "uv.lock" not in sizes
 
 
+@pytest.mark.parametrize("name", ["lorsp", "spike_nvpt", "robustness"])
+def test_an_experiment_has_the_stages_of_the_root(name):
+    stages = [yaml.safe_load((folder / "dvc.yaml").read_text())["stages"] for folder in (ROOT, ROOT / "experiments" / name)]
+    assert stages[0] == stages[1]
+    params = read_params(ROOT / f"experiments/{name}/params.yaml")
+    variants = {variant for listed in params["methods"].values() for variant in listed or []}
+    assert {*params["tuned"]["like"], *params["tuned"]["like"].values()} <= variants
+
+
 def test_no_stage_lists_a_module_and_the_run_cache_is_on():
     for path in [ROOT / "dvc.yaml", *ROOT.glob("experiments/*/dvc.yaml")]:
         text = path.read_text()
@@ -86,5 +96,6 @@ def test_pocket_weights_are_small_and_those_of_their_card(name):
 def test_pretraining_taught_classes_and_features():
     cards = [json.loads((packaged_weights / f"{name}.json").read_text()) for name in pocket_names]
     gains = [card["fashion_mnist"]["pretrained"]["test"] - card["fashion_mnist"]["pixels"]["test"] for card in cards]
-    assert min(card["top1"] for card in cards) > 10  # percent of 200 classes: twenty times chance
-    assert min(gains) > -3 and max(gains) > 0, gains
+    top1 = sorted(card["top1"] for card in cards)  # percent of 200 classes
+    assert top1[0] >= 30 and top1[2] >= 35, top1
+    assert min(gains) > 0 and sorted(gains)[2] >= 2, gains  # points above logistic regression on raw pixels

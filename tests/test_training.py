@@ -1,6 +1,7 @@
 "Runs: same seed, same result; one rule for all methods and both protocols; nothing but prompt and head changes."
 
 import numpy as np
+import pandas as pd
 import pytest
 import safetensors.torch
 import timm
@@ -11,10 +12,10 @@ from spikeprompt.config import BackbonesConfig, ConfigError, DatasetConfig, Expe
 from spikeprompt.datasets import read_dataset, save_dataset
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import Prompt, PromptConfig, create_prompt, method_class, packaged_methods
-from spikeprompt.stages import run_folder
+from spikeprompt.stages import TRAINING, run_folder
 from spikeprompt.training.head import accuracy, fit_head, outputs
 from spikeprompt.training.loop import train
-from spikeprompt.training.runs import train_run, training_images
+from spikeprompt.training.runs import finish, train_run, training_images, unfinished_folder
 
 packaged_methods()
 DATASET = "sprites_position"
@@ -70,6 +71,38 @@ def test_same_seed_same_result_to_the_bit_saved_and_loaded(name, method, mapping
     assert torch.equal(logits[0], logits[1]) and not torch.equal(logits[0], logits[2])
 
 
+def test_a_run_that_is_finished_is_read_and_an_interrupted_one_trained_again(prepared, tmp_path, monkeypatch):
+    config, run = experiment("spike_nvpt", epochs=2), run_of("spike_nvpt")
+    record, history = train_run(config, run, prepared, tmp_path)
+    state = {path.name: path.read_bytes() for path in run_folder(tmp_path, run).iterdir()}
+    (run_folder(tmp_path, run) / TRAINING).unlink()  # killed before its end
+    assert train_run(config, run, prepared, tmp_path)[0] == record
+    assert {path.name: path.read_bytes() for path in run_folder(tmp_path, run).iterdir()} == state
+    monkeypatch.setattr("spikeprompt.training.runs.train", None)
+    again, read = train_run(config, run, prepared, tmp_path)
+    assert again == record and list(again) == list(record)
+    pd.testing.assert_frame_equal(read, history, check_exact=True)
+
+
+def test_runs_are_collected_in_a_folder_named_by_what_they_depend_on(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr("spikeprompt.training.runs.project_root", lambda: tmp_path)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.npz").write_bytes(b"1")
+    (tmp_path / "train-vpt.json").write_text("{}")
+    first = unfinished_folder("train-vpt.json", "data")
+    assert first == unfinished_folder("train-vpt.json", "data") and first.parent == tmp_path / "runs/unfinished/train-vpt"
+    (data / "a.npz").write_bytes(b"2")
+    second = unfinished_folder("train-vpt.json", "data")
+    (tmp_path / "train-vpt.json").write_text("{ }")
+    assert len({first, second, unfinished_folder("train-vpt.json", "data")}) == 3
+    for folder in first, second, tmp_path / "out":
+        folder.mkdir(parents=True)
+        (folder / "of").write_text(folder.name)
+    finish(second, "out")
+    assert (tmp_path / "out/of").read_text() == second.name and not first.parent.exists()
+
+
 def test_no_prompt_with_a_linear_head_is_the_linear_probe(prepared):
     config = experiment("no_prompt", epochs=2, head_c=[0.001])
     backbone, parts = parts_of(config, prepared)
@@ -77,7 +110,7 @@ def test_no_prompt_with_a_linear_head_is_the_linear_probe(prepared):
     _, validated = fit_head(train_features, val_features, [0.001])
     record, history = train_run(config, run_of("no_prompt"), prepared)
     assert history.epoch.tolist() == [0]  # there is nothing to train
-    assert record["val_accuracy"] == history.val_accuracy[0] == pytest.approx(validated) and record["prompt_parameters"] == 0
+    assert record["val_accuracy"] == pytest.approx(validated) and record["prompt_parameters"] == 0
 
 
 @pytest.mark.parametrize("mapping", ["label", "linear"])
@@ -136,7 +169,7 @@ def test_label_mapping_needs_a_classifier_with_a_class_for_each_label(prepared):
 
 @pytest.mark.parametrize("mapping", ["label", "linear"])
 def test_an_untrained_prompt_gets_a_head_and_no_training(mapping, prepared):
-    config = experiment("lorsp", settings={"trainable": False, "amplitude": 0.5})
+    config = experiment("lorsp", settings={"trainable": False, "init_std": 0.5})
     backbone, parts = parts_of(config, prepared)
     torch.manual_seed(0)
     prompt = create_prompt(config.methods["lorsp"]["it"], backbone)

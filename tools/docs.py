@@ -25,11 +25,12 @@ README = {  # page -> title, sections of the README
     "interpretation": ("What is ours", ["Our interpretation", "Where the backbones come from"]),
 }
 NOTEBOOKS = {  # page -> title, notebooks in reading order
-    "tutorials": ("Tutorials", ["nbs/tutorials/*"]),
+    "tutorials": ("Tutorials", ["nbs/tutorials/*", "nbs/template_*"]),
     "foundations": ("Foundations", ["nbs/0*", "nbs/backbones/*"]),
     "prompts": ("Prompts", ["nbs/prompts/*", "nbs/methods/*", "nbs/baselines/*", "nbs/controls/*", "nbs/60_*"]),
     "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9*"]),
     "pipeline": ("Pipeline", ["nbs/pipeline/*"]),
+    "executed": ("As it ran", ["results/notebooks/*"]),
 }
 REPORT = ROOT / "results/report.ipynb"
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
@@ -113,9 +114,13 @@ def gather():
         listed = {}
         for path in [path for pattern in patterns for path in sorted(ROOT.glob(f"{pattern}.ipynb"))]:
             place = path.relative_to(ROOT)
-            shown = as_page(path, "folded" if name == "pipeline" else "shown")
-            write(place, nbformat.writes(shown))
+            shown = as_page(path, "folded" if name in ("pipeline", "executed") else "shown")
             heading, *rest = [line for line in shown.cells[0].source.splitlines() if line]
+            if name == "executed" and "-" in path.stem:  # a stage that ran once for each method
+                method = path.stem.partition("-")[2].replace("_", " ")
+                shown.cells[0].source = shown.cells[0].source.replace(heading, f"{heading}: {method}", 1)
+                heading = f"{heading}: {method}"
+            write(place, nbformat.writes(shown))
             listed[place.as_posix()] = heading.removeprefix("# "), rest[0].removeprefix("> ").partition(". ")[0].rstrip(".")
             for mention in place.as_posix(), place.with_suffix("").as_posix(), path.stem:
                 links[mention] = ("std", "doc", f"/{place.with_suffix('').as_posix()}")

@@ -96,8 +96,7 @@ def _num_kept(
 class LoRSPMaskConfig(LoRSPConfig):
     "Base of the configs of masks, which have no thresholds and keep a share of the entries."
 
-    learn_thresholds: Literal[False] = Field(False, description="there are no thresholds")
-    rate_penalty: float = Field(0.0, ge=0, le=0, description="the rate cannot change")
+    thresholds: Literal["fixed"] = Field("fixed", description="there are none")
 
 
 class LoRSPRandomMaskConfig(LoRSPMaskConfig):

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ..backbones.loader import create_backbone
 from ..config import ExperimentConfig, RobustnessConfig, project_root
-from ..datasets import to_size
 from .energy import footprint
 from .scores import score
 from ..model import PromptedModel
 from ..robustness.attacks import attack, attack_conditions
 from ..robustness.corruptions import condition_key, conditions
 from ..robustness.faults import fault_conditions, faulty, reached_tensors
-from ..stages import RUN, import_extensions, run_folder
+from ..stages import RUN, import_extensions, read_run, run_folder
 from ..training.head import outputs, to_pixels
 from ..training.parallel import default_device
 
@@ -67,19 +66,18 @@ def evaluate(
 def evaluate_run(
     config: ExperimentConfig,
     run: tuple[str, str, str, str, str, int],  # as `RUN`
-    record: dict,  # of its training
     prepared: str | Path,  # folder of <dataset>.npz with labels and the test images under each condition
-    adapters: str | Path,  # folder of the adapters
+    trained: str | Path,  # folder of the runs
 ) -> list[dict]:  # rows of the score table
     "Score one trained model under every condition, with its training record and its footprint."
     import_extensions(config.extensions)
     _, dataset, name, _, _, seed = run
     backbone = create_backbone(name, config.backbones.weights, config.backbones.img_size)
-    model = PromptedModel.from_pretrained(run_folder(adapters, run), backbone).to(default_device())
+    model = PromptedModel.from_pretrained(run_folder(trained, run), backbone).to(default_device())
     arrays = prepared_arrays(project_root() / prepared / f"{dataset}.npz")
-    fit = lambda key: to_size(torch.from_numpy(arrays[key]), backbone.input_size, backbone.interpolation)
-    images = {(noise, level): fit(condition_key(noise, level)) for noise, level, _ in conditions(config.robustness)}
+    shown = lambda key: backbone.resize(torch.from_numpy(arrays[key]))
+    images = {(noise, level): shown(condition_key(noise, level)) for noise, level, _ in conditions(config.robustness)}
     some = to_pixels(images["clean", 0][:64].to(default_device()))
-    columns = {**record, **footprint(model, some)}
+    columns = {**read_run(run_folder(trained, run))[0], **footprint(model, some)}
     names = {key: columns.pop(key) for key in RUN}
     return [{**names, **row, **columns} for row in evaluate(model, images, torch.from_numpy(arrays["labels"]), config.robustness, seed)]

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "VARIANTS",
+    "HOMEOSTASIS",
     "LoRSPConfig",
     "standardise",
     "pooled_image",
@@ -24,7 +25,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, interpolate, normalize
+from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, interpolate
 
 from ..backbones.loader import Backbone
 from ..prompts.base import Prompt, PromptConfig, register_method
@@ -37,15 +38,17 @@ class LoRSPConfig(PromptConfig):
 
     variant: Literal["factor", "pixel", "select", "binary", "static"] = Field("factor", description="which neurons spike, what spikes gate")
     rank: int = Field(4, ge=1, le=64, description="K, pairs of factors a channel, and steps of the neuron")
-    amplitude: float = Field(0.1, gt=0, description="α at initialisation, scale of each pair of factors, in pixels of [0, 1]")
-    image_gain: float = Field(0.5, gt=0, description="g at initialisation, scale of the image's current; unused by static and pixel")
+    init_std: float = Field(
+        0.01, gt=0, description="standard deviation of the factors at the start; a prompt adds about its square to a pixel"
+    )
+    image_gain: float = Field(0.5, gt=0, description="g, scale of the image's current beside the factor's; unused by static and pixel")
+    learn_gain: bool = Field(False, description="whether g is learned")
     firing_rate: float = Field(0.3, gt=0, lt=1, description="ρ, target share of the neurons that fire at each step")
+    thresholds: Literal["homeostatic", "fixed", "learned"] = Field(
+        "homeostatic", description="training moves them to keep ρ, leaves them as calibrated, or learns them by the loss"
+    )
     pool_size: int = Field(8, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels")
     surrogate: Literal["atan", "triangle", "sigmoid"] = Field("atan", description="gradient of a spike")
-    learn_thresholds: bool = Field(False, description="whether the thresholds are learned or stay as calibrated")
-    learn_scales: bool = Field(False, description="whether α and g are learned or fixed; if fixed, 3K(H + W) parameters are learned")
-    rate_penalty: float = Field(0.0, ge=0, description="λ_ρ, weight of the squared distance between a batch's firing rate and ρ")
-    orthogonality: float = Field(0.0, ge=0, description="λ_⊥, weight of the mean squared cosine between the factors of a channel")
     lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt")
 
 
@@ -72,7 +75,7 @@ def pooled_image(
 # %% ../../nbs/methods/30_lorsp.ipynb #c10
 def image_current(
     view: Tensor,  # x̂ [B, 3, h, w], the pooled image
-    factors: Tensor,  # [K, 1, 3, W], the factors of the other side
+    factors: Tensor,  # z [K, 1, 3, W], the standardised factors of the other side
     size: int,  # H, neurons of the side that receives the current
 ) -> Tensor:  # d [K, B, 3, H]
     "The image's current d of the neurons of one side: rows or columns."
@@ -91,6 +94,7 @@ def mean_firing_rate(
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c16
 VARIANTS = {}  # name in the config -> variant
+HOMEOSTASIS = 0.1  # share of the way that a batch moves the thresholds
 
 
 class FactorVariant:
@@ -98,6 +102,7 @@ class FactorVariant:
 
     populations = 2  # of neurons: rows and columns
     has_gain = True  # whether the image enters with a gain
+    has_amplitude = False  # whether a learned α scales each pair, instead of the factors
     per_image = True  # whether each image has a prompt of its own
 
     def currents(
@@ -106,7 +111,7 @@ class FactorVariant:
         images: Tensor,  # [B, 3, H, W] in [0, 1], fp32
     ) -> list[Tensor]:  # [K, B, 3, H] and [K, B, 3, W]
         "Current of every neuron, one step a factor."
-        b, a = prompt.factors()
+        b, a = prompt.standardised_factors()
         view, gain = pooled_image(images, prompt.config.pool_size), prompt.image_gain.float()
         return [b + gain * image_current(view, a, b.shape[-1]), a + gain * image_current(view.mT, b, a.shape[-1])]
 
@@ -117,7 +122,7 @@ class FactorVariant:
     ) -> Tensor:  # P [B, 3, H, W]
         "Sum of the outer products of gated factors."
         b, a = prompt.factors()
-        return torch.einsum("kbch,kbcw->bchw", spikes[0] * prompt.amplitudes() * b, spikes[1] * a)
+        return torch.einsum("kbch,kbcw->bchw", spikes[0] * b, spikes[1] * a)
 
 
 VARIANTS["factor"] = FactorVariant()
@@ -146,22 +151,23 @@ class LoRSP(Prompt):
         super().__init__(config, backbone)
         (H, W), K = backbone.input_size, config.rank
         self.variant = VARIANTS[config.variant]
-        self.b = nn.Parameter(torch.randn(3, K, H))
-        self.a = nn.Parameter(torch.randn(3, K, W))
-        self.alpha = nn.Parameter(torch.full((3, K), config.amplitude), requires_grad=config.learn_scales)
+        self.b = nn.Parameter(config.init_std * torch.randn(3, K, H))
+        self.a = nn.Parameter(config.init_std * torch.randn(3, K, W))
+        if self.variant.has_amplitude:
+            self.alpha = nn.Parameter(torch.full((3, K), config.init_std))
         if self.variant.has_gain:
-            self.image_gain = nn.Parameter(torch.tensor(config.image_gain), requires_grad=config.learn_scales)
+            self.image_gain = nn.Parameter(torch.tensor(config.image_gain), requires_grad=config.learn_gain)
         if self.has_thresholds:
-            self.thresholds = nn.Parameter(torch.ones(self.variant.populations, K, 3), requires_grad=config.learn_thresholds)
+            self.thresholds = nn.Parameter(torch.ones(self.variant.populations, K, 3), requires_grad=config.thresholds == "learned")
             self.calibrate(_noise_images(32, (H, W), config.pool_size).to(self.b.device), backbone)
 
     def factors(self) -> tuple[Tensor, Tensor]:  # b [K, 1, 3, H] and a [K, 1, 3, W], fp32
         "The factors, one step each."
         return self.b.float().transpose(0, 1)[:, None], self.a.float().transpose(0, 1)[:, None]
 
-    def amplitudes(self) -> Tensor:  # α [K, 1, 3, 1], fp32
-        "The scale of each pair of factors."
-        return self.alpha.float().T[:, None, :, None]
+    def standardised_factors(self) -> list[Tensor]:  # z(b) [K, 1, 3, H] and z(a) [K, 1, 3, W], fp32
+        "What the neurons receive."
+        return [standardise(factors, eps=1e-16) for factors in self.factors()]
 
     def currents(self, images: Tensor) -> list[Tensor]:  # [K, B, 3, neurons...] of each population, fp32
         "Current of every neuron; B is 1 in a variant with one prompt for all images."
@@ -173,12 +179,21 @@ class LoRSP(Prompt):
         return calibrated_thresholds(current, self.config.firing_rate)
 
     @torch.no_grad()
+    def adapt(
+        self,
+        currents: list[Tensor],  # [K, B, 3, neurons...] of each population
+        share: float,  # of the way, in [0, 1]
+    ):
+        "Move the thresholds towards those at which the target share of these neurons fires."
+        for threshold, current in zip(self.thresholds, currents):
+            neurons = current.transpose(1, 2).flatten(2)
+            found = self.find_thresholds(neurons[..., :: 1 + neurons[0].numel() // 2**24])  # torch.quantile's limit
+            threshold.lerp_(found.to(threshold.dtype), share)
+
     def calibrate(self, images: Tensor, backbone: Backbone):
         "Set the thresholds so that neurons fire at the target rate on these images."
         if self.has_thresholds:
-            for threshold, current in zip(self.thresholds, self.currents(images)):
-                neurons = current.transpose(1, 2).flatten(2)
-                threshold.copy_(self.find_thresholds(neurons[..., :: 1 + neurons[0].numel() // 2**24]))  # torch.quantile's limit
+            self.adapt(self.currents(images), 1.0)
 
     def fire(self, current: Tensor, threshold: Tensor | None) -> Tensor:  # I [K, B, 3, ...] and θ [K, 1, 3, ...] to spikes [K, B, 3, ...]
         "Spikes of one population."
@@ -186,8 +201,10 @@ class LoRSP(Prompt):
 
     def spikes(self, images: Tensor) -> list[Tensor]:  # [K, B, 3, neurons...] of each population, in {0, 1}
         "Which neurons fire at which step."
-        spikes = []
-        for population, current in enumerate(self.currents(images)):
+        spikes, currents = [], self.currents(images)
+        if self.has_thresholds and self.training and self.config.thresholds == "homeostatic":
+            self.adapt(currents, HOMEOSTASIS)
+        for population, current in enumerate(currents):
             threshold = None
             if self.has_thresholds:
                 threshold = self.thresholds[population].float().clamp(min=1e-4)
@@ -209,23 +226,7 @@ class LoRSP(Prompt):
             return self.prompt(self.b.new_zeros(1, 3, self.b.shape[-1], self.a.shape[-1]))[0]
 
     def pixels(self, images: Tensor) -> Tensor:
-        return (images + self.prompt(images)).to(images.dtype)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | float]:
-        spikes = self.spikes(images)
-        return (images + self.combine(spikes)).to(images.dtype), self.penalty(spikes)
-
-    def penalty(self, spikes: list[Tensor]) -> Tensor | float:
-        "Firing-rate and orthogonality penalties that training adds to the loss."
-        config, total = self.config, 0.0
-        if config.rate_penalty:
-            total = total + config.rate_penalty * (mean_firing_rate(spikes) - config.firing_rate) ** 2
-        if config.orthogonality and config.rank > 1:
-            for factors in self.b, self.a:
-                unit = normalize(factors.float(), dim=-1)
-                cosines = (unit @ unit.mT).tril(-1)
-                total = total + config.orthogonality * cosines.square().sum() / (3 * config.rank * (config.rank - 1) / 2)
-        return total
+        return (images + self.combine(self.spikes(images))).to(images.dtype)
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
@@ -240,20 +241,19 @@ class LoRSP(Prompt):
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c25
 class PixelVariant:
-    r"Spikes gate single pixels: currents $I_k = x \circ b_k a_k^\top$, prompt $\sum_k \alpha_k\, s_k \circ b_k a_k^\top$."
+    r"Spikes gate single pixels: currents $I_k = x \circ z(b_k) z(a_k)^\top$, prompt $\sum_k s_k \circ b_k a_k^\top$."
 
-    populations, has_gain, per_image = 1, False, True
+    populations, has_gain, has_amplitude, per_image = 1, False, False, True
 
     def currents(self, prompt, images: Tensor) -> list[Tensor]:  # [K, B, 3, H, W]
         "Current of every pixel, one step a factor."
-        b, a = prompt.factors()
+        b, a = prompt.standardised_factors()
         return [images * (b[..., None] * a[..., None, :])]
 
     def combine(self, prompt, spikes: list[Tensor]) -> Tensor:  # [K, B, 3, H, W] to P [B, 3, H, W]
         "Sum of the rank-1 patterns, each under its own mask."
         b, a = prompt.factors()
-        patterns = (prompt.amplitudes() * b)[..., None] * a[..., None, :]
-        return (spikes[0] * patterns).sum(0)
+        return (spikes[0] * (b[..., None] * a[..., None, :])).sum(0)
 
 
 VARIANTS["pixel"] = PixelVariant()
@@ -268,7 +268,7 @@ class SelectVariant(PixelVariant):
     def currents(self, prompt, images: Tensor) -> list[Tensor]:  # [K, B, 3, 1, 1]
         "Current of every pair: its inner product with the pooled image."
         view = pooled_image(images, prompt.config.pool_size)
-        b, a = (adaptive_avg_pool1d(factors[:, 0], side) for factors, side in zip(prompt.factors(), view.shape[-2:]))
+        b, a = (adaptive_avg_pool1d(factors[:, 0], side) for factors, side in zip(prompt.standardised_factors(), view.shape[-2:]))
         current = torch.einsum("bchw,kch,kcw->kbc", view, b, a) / view[0, 0].numel() ** 0.5
         return [prompt.image_gain.float() * current[..., None, None]]
 
@@ -280,9 +280,11 @@ VARIANTS["select"] = SelectVariant()
 class BinaryVariant(FactorVariant):
     "The prompt is a sum of outer products of spikes, without the factors' values."
 
+    has_amplitude = True
+
     def combine(self, prompt, spikes: list[Tensor]) -> Tensor:
         "Scaled outer products of the spikes of rows and columns."
-        return torch.einsum("kbch,kbcw->bchw", prompt.amplitudes() * spikes[0], spikes[1])
+        return torch.einsum("kbch,kbcw->bchw", prompt.alpha.float().T[:, None, :, None] * spikes[0], spikes[1])
 
 
 VARIANTS["binary"] = BinaryVariant()
@@ -296,7 +298,7 @@ class StaticVariant(FactorVariant):
 
     def currents(self, prompt, images: Tensor) -> list[Tensor]:  # [K, 1, 3, H] and [K, 1, 3, W]
         "Current of every neuron, the same for all images."
-        return list(prompt.factors())
+        return prompt.standardised_factors()
 
 
 VARIANTS["static"] = StaticVariant()

@@ -69,7 +69,7 @@ class BinaryPromptConfig(TokenPromptConfig):
 
     kappa: float = Field(0.5, gt=0, le=1, description="κ, firing rate from which the Spike Discretization Unit gives a one")
     bit_density: float = Field(0.2, gt=0, lt=1, description="ρ₀, share of ones at the start")
-    scaling: Literal["matched", "fixed", "raw", "learned"] = Field("matched", description="how bits become tokens")
+    scaling: Literal["fixed", "raw", "matched", "learned"] = Field("fixed", description="how bits become tokens")
     contrast: float = Field(1.0, gt=0, description="initial difference between the two colours of a padding; 1 is the range of a pixel")
     rate_penalty: float = Field(0.0, ge=0, description="weight of the squared difference between bit density and ρ₀")
     lr: float = Field(0.1, gt=0, description="peak learning rate of the latents")

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones.loader import Backbone
-from ..config import Config, ConfigError
+from ..config import Config, ConfigError, did_you_mean
 
 
 # %% ../../nbs/prompts/20_base.ipynb #c05
@@ -177,7 +177,8 @@ def method_class(
             raise ConfigError(f"config {type(method).__name__}: no registered method has it; `register_method` registers one")
         return found
     if method not in METHODS and method not in (known := packaged_methods()):
-        raise ConfigError(f"method {method!r}: allowed are {', '.join(sorted(known))}, and methods that an imported module registers")
+        allowed = f"allowed are {', '.join(sorted(known))}, and methods that an imported module registers"
+        raise ConfigError(f"method {method!r}: {allowed}{did_you_mean(method, known)}")
     return METHODS[method]
 
 

@@ -75,7 +75,7 @@ def train(
     mapping: str,  # of `TrainConfig.mappings`
     seed: int,  # order of the images and noise of the prompt
     report: Callable = print,  # gets one line an epoch
-) -> tuple[PromptedModel, pd.DataFrame, float]:  # the model; epoch, loss, val_accuracy, measures; final validation accuracy in [0, 1]
+) -> tuple[PromptedModel, pd.DataFrame, float]:  # the model; epoch, loss, train_accuracy, measures; final validation accuracy in [0, 1]
     "Train a prompt on a frozen backbone; raises `ConfigError` for a mapping that the backbone does not allow."
     precision = "no" if config.mixed_precision == "fp32" else config.mixed_precision
     accelerator = Accelerator(mixed_precision=precision, cpu=not torch.cuda.is_available())
@@ -86,7 +86,7 @@ def train(
     model = PromptedModel(backbone.to(device), prompt.to(device), nn.Identity())
     model.calibrate(sample)
     head, classes, validated = make_head(model, split, config, mapping)
-    history = [{"epoch": 0, "loss": float("nan"), "val_accuracy": validated, **describe(prompt, sample, None, None)}]
+    history = [{"epoch": 0, "loss": float("nan"), "train_accuracy": float("nan"), **describe(prompt, sample, None, None)}]
     if num_parameters(prompt):
         model.head = (head if mapping == "linear" else classifier_head(backbone)).to(device)
         history += _epochs(accelerator, model, classes, split, config, mapping == "linear", seed, sample, report)
@@ -124,11 +124,11 @@ def _epochs(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer.optimizer, peaks, total_steps=steps)
 
     first = last = prompt.discrete_state()
-    rows, val_images, val_labels = [], *split.val
+    rows, num_images = [], len(split.train[0])
     bar = tqdm(total=steps, disable=None, leave=False)  # a bar in a terminal, nothing in a notebook
     for epoch in range(1, config.epochs + 1):
         trained.train()
-        losses, counts = [], torch.zeros(len(classes), model.head.linear.out_features, dtype=torch.int64)
+        losses, right, counts = [], [], torch.zeros(len(classes), model.head.linear.out_features, dtype=torch.int64)
         for images, labels in batches:
             prompt.on_step(schedule.last_epoch / steps)
             logits, penalty = trained(noisy(to_pixels(images), prompt.config.image_noise), return_penalty=True)
@@ -138,14 +138,15 @@ def _epochs(
             optimizer.zero_grad(set_to_none=True)
             schedule.step()
             losses.append(loss.detach())
+            right.append((logits.detach()[:, classes].argmax(1) == labels).sum())
             counts += answer_counts(logits.detach().argmax(1).cpu(), labels.cpu(), *counts.shape)
             bar.update()
         prompt.on_step(epoch / config.epochs)
         if not linear:
             classes = assign_classes(counts)
-        loss, val_accuracy = torch.stack(losses).mean().item(), accuracy(outputs(model, val_images)[:, classes], val_labels)
-        rows.append({"epoch": epoch, "loss": loss, "val_accuracy": val_accuracy, **describe(prompt, sample, first, last)})
-        accelerator.on_local_main_process(report)(f"  epoch {epoch:2d}/{config.epochs}  loss {loss:.3f}  validation {val_accuracy:.3f}")
+        loss, share = torch.stack(losses).mean().item(), torch.stack(right).sum().item() / num_images
+        rows.append({"epoch": epoch, "loss": loss, "train_accuracy": share, **describe(prompt, sample, first, last)})
+        accelerator.on_local_main_process(report)(f"  epoch {epoch:2d}/{config.epochs}  loss {loss:.3f}  accuracy {share:.3f}")
         last = prompt.discrete_state()
     bar.close()
     return rows
