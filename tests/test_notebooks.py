@@ -44,11 +44,6 @@ def test_a_stage_has_one_parameters_cell(path):
     assert len(tagged) == 1 and tagged[0].cell_type == "code"
 
 
-def test_numbers_are_the_reading_order():
-    numbers = [int(path.name.split("_")[0]) for path in [*MODULES, *STAGES] if path.stem != "template_method"]
-    assert len(set(numbers)) == len(numbers)
-
-
 @pytest.fixture
 def checkout(tmp_path):
     "A copy of what the command reads, with the first notebooks: values, figures, and cells that are not executed."
