@@ -23,6 +23,7 @@ __all__ = [
     "predict",
     "evaluate",
     "export",
+    "play",
 ]
 
 # %% ../nbs/97_cli.ipynb #c02
@@ -307,3 +308,19 @@ def export(
                 raise ValueError(f"{out}: the exported graph differs by {apart:.2g} from the model")
             file.replace(out)
         typer.echo(f"{out}: {out.stat().st_size:,} bytes, logits within {apart:.1g} of the model's", err=True)
+
+
+# %% ../nbs/97_cli.ipynb #x2
+@app.command()
+def play():
+    "Open the notebook to play with in JupyterLab."
+    import subprocess
+    import sys
+
+    from spikeprompt.config import project_root
+
+    with one_line_errors():
+        notebook = project_root() / "nbs/98_play.ipynb"
+        if not notebook.is_file():
+            raise ValueError(f"{notebook} is missing: it comes with the project's checkout, not with the package")
+        raise typer.Exit(subprocess.run([sys.executable, "-m", "jupyter", "lab", str(notebook)]).returncode)

@@ -3,6 +3,7 @@
 import json
 import re
 from html import unescape
+from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -223,3 +224,11 @@ def test_a_damaged_adapter_and_a_wrong_file_name_are_refused(folder, adapter, tm
 def test_files_are_fetched_and_made_by_name(tmp_path):
     assert "any timm name; did you mean resnet18" in refused("download", "resnet81")
     assert "train-images-idx3-ubyte.gz is missing" in refused("pack-data", tmp_path)
+
+
+def test_the_notebook_to_play_with_is_opened_or_named(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr("subprocess.run", lambda command: opened.append(command) or CompletedProcess(command, 0))
+    assert call("play").exit_code == 0 and opened[0][-1].endswith("nbs/98_play.ipynb")
+    monkeypatch.chdir(tmp_path)
+    assert "98_play.ipynb is missing" in refused("play") and len(opened) == 1

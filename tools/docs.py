@@ -25,10 +25,10 @@ README = {  # page -> title, sections of the README
     "interpretation": ("What is ours", ["Our interpretation", "Where the backbones come from"]),
 }
 NOTEBOOKS = {  # page -> title, notebooks in reading order
-    "tutorials": ("Tutorials", ["nbs/tutorials/*", "nbs/template_*"]),
+    "tutorials": ("Tutorials", ["nbs/98_*", "nbs/tutorials/*", "nbs/template_*"]),
     "foundations": ("Foundations", ["nbs/0*", "nbs/backbones/*"]),
     "prompts": ("Prompts", ["nbs/prompts/*", "nbs/methods/*", "nbs/baselines/*", "nbs/controls/*", "nbs/60_*"]),
-    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9*"]),
+    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9[4-7]*"]),
     "pipeline": ("Pipeline", ["nbs/pipeline/*"]),
     "executed": ("As it ran", ["results/notebooks/*"]),
 }
