@@ -65,9 +65,12 @@ def test_no_other_host_is_asked_for_anything(pages):
 
 
 def test_figures_have_an_alternative_text_and_equations_no_script(pages):
-    for name in "index.html", "results/report.html":
-        images = pages[name].find("article").find_all("img")
-        assert images and all(len(image.get("alt", "")) > 40 for image in images), name
+    for name, page in pages.items():
+        images = page.find("article").find_all("img") if page.find("article") else []
+        texts = [image.get("alt", "") for image in images if not image.find_parent(id="spikeprompt-play")]  # whose script writes them
+        least = 40 if name in ("index.html", "results/report.html") else 20
+        assert all(len(text) > least and not text.endswith((".png", ".svg")) for text in texts), f"{name}: {texts}"
+        assert images or name not in ("index.html", "results/report.html", "nbs/methods/30_lorsp.html"), name
     assert len(pages["nbs/methods/30_lorsp.html"].find_all("math")) > 20
     assert not any("$" in str(math) for page in pages.values() for math in page.find_all("math"))
 

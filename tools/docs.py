@@ -58,12 +58,20 @@ def relink(text: str, folder: Path) -> str:
     return LINK.sub(replace, text)
 
 
+def plain(markdown: str) -> str:
+    "The last paragraph of a text that has words, without marks: what the figure below it shows."
+    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", markdown) if not part.lstrip().startswith(("$$", "```", "|"))]
+    last = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", paragraphs[-1] if paragraphs else "")
+    return re.sub(r"^#+ |[$`*\\]", "", last).rstrip(":")
+
+
 def as_page(path: Path, code: str) -> nbformat.NotebookNode:
     "A notebook as its reader sees it: no directives, no plumbing; code `shown` but for imports, `folded`, or `left out`."
-    nb, cells = nbformat.read(path, 4), []
+    nb, cells, said, figures = nbformat.read(path, 4), [], "", 0
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relink(cell.source, path.parent)
+            said, figures = plain(cell.source) or said, 0
         elif HIDDEN.search(cell.source) or not cell.source.strip() or (code == "left out" and not cell.outputs):
             continue
         else:
@@ -71,6 +79,9 @@ def as_page(path: Path, code: str) -> nbformat.NotebookNode:
             imports = all(IMPORTS.match(line) for line in cell.source.splitlines() if line) and not cell.outputs
             tag = "remove-input" if code == "left out" else "hide-input" if code == "folded" or imports else ""
             cell.metadata = {"tags": [tag] if tag else []}
+            if any(kind.startswith("image/") for output in cell.outputs for kind in output.get("data", {})):
+                figures += 1
+                cell.metadata["mystnb"] = {"image": {"alt": f"Figure{f' {figures}' if figures > 1 else ''}: {said}"}}
             for output in cell.outputs:
                 if "text/markdown" in output.get("data", {}):
                     output.data["text/markdown"] = relink("".join(output.data["text/markdown"]), path.parent)
