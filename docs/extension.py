@@ -69,9 +69,26 @@ def visit_block(self, node):
     raise nodes.SkipNode
 
 
+ACCESSIBLE = {  # what axe-core finds in the pages of Sphinx, Furo and MyST-NB: as they write it -> as it should be
+    "<pre>": '<pre tabindex="0">',  # what scrolls has to be reached by the keyboard
+    '<div class="equation">': '<div class="equation" tabindex="0">',
+    '<div class="table-wrapper': '<div tabindex="0" class="table-wrapper',
+    ' aria-label="Toggle hidden content"': "",  # the visible text says more
+    'class="caption" role="heading"': 'class="caption" role="heading" aria-level="2"',
+}
+
+
+def make_accessible(app, pagename, templatename, context, doctree):
+    "Mend the HTML of a page before it is written."
+    for part in {"body", "furo_navigation_tree"} & set(context):
+        for found, mended in ACCESSIBLE.items():
+            context[part] = context[part].replace(found, mended)
+
+
 def setup(app):
     app.add_config_value("spikeprompt_targets", {}, "env")
     app.add_transform(MentionLinks)
     app.add_transform(PaperLinks)
+    app.connect("html-page-context", make_accessible, priority=900)  # after the theme
     app.add_html_math_renderer("mathml", (visit_inline, None), (visit_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -75,6 +75,13 @@ def test_figures_have_an_alternative_text_and_equations_no_script(pages):
     assert not any("$" in str(math) for page in pages.values() for math in page.find_all("math"))
 
 
+def test_what_scrolls_is_reached_by_the_keyboard(pages):
+    for name, page in pages.items():
+        scrolling = page.find_all("pre") + page.find_all("div", class_=["equation", "table-wrapper"])
+        assert all(tag.has_attr("tabindex") for tag in scrolling), name
+        assert all(tag.has_attr("aria-level") for tag in page.find_all(role="heading")), name
+
+
 def test_every_public_symbol_is_described(pages):
     sys.path.insert(0, str(ROOT / "docs"))
     from api import public_modules, symbols

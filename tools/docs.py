@@ -125,7 +125,7 @@ def gather():
         listed = {}
         for path in [path for pattern in patterns for path in sorted(ROOT.glob(f"{pattern}.ipynb"))]:
             place = path.relative_to(ROOT)
-            shown = as_page(path, "folded" if name in ("pipeline", "executed") else "shown")
+            shown = as_page(path, "folded" if name in ("pipeline", "executed") or path.stem == "98_play" else "shown")
             heading, *rest = [line for line in shown.cells[0].source.splitlines() if line]
             if name == "executed" and "-" in path.stem:  # a stage that ran once for each method
                 method = path.stem.partition("-")[2].replace("_", " ")
