@@ -434,6 +434,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'spikeprompt/image_dataset.py'),
                                            'spikeprompt.image_dataset.ImageDataset._labels': ( 'image_dataset.html#imagedataset._labels',
                                                                                                'spikeprompt/image_dataset.py'),
+                                           'spikeprompt.image_dataset.ImageDataset.first': ( 'image_dataset.html#imagedataset.first',
+                                                                                             'spikeprompt/image_dataset.py'),
                                            'spikeprompt.image_dataset.register_dataset': ( 'image_dataset.html#register_dataset',
                                                                                            'spikeprompt/image_dataset.py')},
             'spikeprompt.methods.lorsp': { 'spikeprompt.methods.lorsp.BinaryVariant': ( 'methods/lorsp.html#binaryvariant',

@@ -40,6 +40,13 @@ class ImageDataset:
         if missing:
             raise DataError(f"y_train lacks {missing} of the {len(self.class_names)} classes")
 
+    def first(
+        self,
+        n: int,  # images of each part
+    ) -> "ImageDataset":
+        "The first images of each part, for a quick trial; raises `DataError` if a class has none among them."
+        return ImageDataset(self.x_train[:n], self.y_train[:n], self.x_test[:n], self.y_test[:n], self.class_names)
+
     def _labels(self, part: str) -> np.ndarray:
         x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
         if y.shape != (len(x),):

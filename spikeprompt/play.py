@@ -98,7 +98,7 @@ def draw_scene(
     fig, axes = plt.subplots(1, 3, figsize=(6, 2.2), layout="constrained")
     pictures = {"image": shown.noisy, shown.captions[step]: shown.steps[step], "prompted": shown.prompted[step]}
     for ax, (title, shown_here) in zip(axes, pictures.items()):
-        ax.imshow(shown_here, aspect="equal" if shown_here.shape == shown.noisy.shape else "auto")
+        ax.imshow(shown_here, aspect="equal" if shown_here.shape == shown.noisy.shape else "auto", interpolation="nearest")
         ax.set_title(title, fontsize=9)
         ax.axis("off")
     fig.suptitle("; ".join(f"{name} the prompt: {said}" for name, said in shown.answers.items()), fontsize=9)

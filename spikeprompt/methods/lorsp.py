@@ -239,7 +239,7 @@ class LoRSP(Prompt):
         }
 
 
-# %% ../../nbs/methods/30_lorsp.ipynb #c25
+# %% ../../nbs/methods/30_lorsp.ipynb #c29
 class PixelVariant:
     r"Spikes gate single pixels: currents $I_k = x \circ z(b_k) z(a_k)^\top$, prompt $\sum_k s_k \circ b_k a_k^\top$."
 
@@ -259,7 +259,7 @@ class PixelVariant:
 VARIANTS["pixel"] = PixelVariant()
 
 
-# %% ../../nbs/methods/30_lorsp.ipynb #c28
+# %% ../../nbs/methods/30_lorsp.ipynb #c32
 class SelectVariant(PixelVariant):
     "Spikes select whole pairs of factors."
 
@@ -276,7 +276,7 @@ class SelectVariant(PixelVariant):
 VARIANTS["select"] = SelectVariant()
 
 
-# %% ../../nbs/methods/30_lorsp.ipynb #c30
+# %% ../../nbs/methods/30_lorsp.ipynb #c34
 class BinaryVariant(FactorVariant):
     "The prompt is a sum of outer products of spikes, without the factors' values."
 
@@ -290,7 +290,7 @@ class BinaryVariant(FactorVariant):
 VARIANTS["binary"] = BinaryVariant()
 
 
-# %% ../../nbs/methods/30_lorsp.ipynb #c32
+# %% ../../nbs/methods/30_lorsp.ipynb #c36
 class StaticVariant(FactorVariant):
     "The currents are the factors alone: one prompt for all images."
 
