@@ -650,6 +650,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'spikeprompt.plots._layers': ('plots.html#_layers', 'spikeprompt/plots.py'),
                                    'spikeprompt.plots._legend': ('plots.html#_legend', 'spikeprompt/plots.py'),
                                    'spikeprompt.plots._level_text': ('plots.html#_level_text', 'spikeprompt/plots.py'),
+                                   'spikeprompt.plots._panels': ('plots.html#_panels', 'spikeprompt/plots.py'),
                                    'spikeprompt.plots._placements': ('plots.html#_placements', 'spikeprompt/plots.py'),
                                    'spikeprompt.plots._severity_label': ('plots.html#_severity_label', 'spikeprompt/plots.py'),
                                    'spikeprompt.plots._show': ('plots.html#_show', 'spikeprompt/plots.py'),

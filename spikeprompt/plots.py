@@ -91,13 +91,31 @@ def variant_styles(
     present = list(dict.fromkeys(variants))
     others = [variant for variant in present if variant not in fixed]
     drawn = {
-        variant: {"color": palette[number % len(palette)], "marker": "osD^vP*Xh<>p"[number % 12], "linestyle": "-"}
+        variant: {
+            "color": palette[number % len(palette)],
+            "marker": "osD^vP*Xh<>p"[number % 12],
+            "linestyle": ("-", "--", ":", "-.")[number // len(palette) % 4],
+        }
         for number, variant in enumerate(others)
     }
     return {variant: look for variant, look in (fixed | drawn).items() if variant in present}
 
 
 # %% ../nbs/95_plots.ipynb #c08
+def _panels(
+    rows: int,
+    backbones: list[str],
+    height: float,  # of a row, in inches
+    **shared,  # axes, as in `plt.subplots`
+) -> tuple[plt.Figure, np.ndarray]:  # axes [rows, backbones]
+    "Panels with a backbone in each column."
+    size = (max(COLUMN, PAGE * len(backbones) / 5), 0.5 + height * rows)
+    figure, axes = plt.subplots(rows, len(backbones), figsize=size, layout="constrained", squeeze=False, **shared)
+    for ax, name in zip(axes[0], backbones):
+        ax.set_title(name)
+    return figure, axes
+
+
 def _legend(figure: plt.Figure, styles: dict[str, dict], columns: int = 6):
     "One legend above all panels."
     keys = [plt.Line2D([], [], label=variant, **look) for variant, look in styles.items()]
@@ -275,10 +293,7 @@ def robustness_curves(
     conditions = [*rest.groupby(["kind", "corruption"], sort=False)]
     if not conditions:
         raise ValueError("scores: there is no condition besides clean")
-    size = (PAGE, 0.5 + 1.25 * len(conditions))
-    figure, axes = plt.subplots(
-        len(conditions), len(backbones), figsize=size, sharey="row", sharex="row", layout="constrained", squeeze=False
-    )
+    figure, axes = _panels(len(conditions), backbones, 1.25, sharey="row", sharex="row")
     for row, ((kind, corruption), noisy) in zip(axes, conditions):
         levels = list(noisy.severity.unique()) if kind == "fault" else sorted(noisy.severity.unique())
         place = {0.0: 0.0} | {level: float(n if kind == "fault" else level) for n, level in enumerate(levels, 1)}
@@ -295,8 +310,6 @@ def robustness_curves(
             ax.set_xticks([*place.values()], [_level_text(kind, level) for level in place])
             ax.set_xlabel(_severity_label(kind, corruption))
         row[0].set_ylabel(f"{_condition(kind, corruption)}\naccuracy (%)")
-    for ax, backbone in zip(axes[0], backbones):
-        ax.set_title(backbone)
     _legend(figure, styles)
     named = ", ".join(_condition(*names) for names, _ in conditions)
     figure.set_label(f"Accuracy against severity under {named}, on {', '.join(backbones)}, for {', '.join(styles)}; severity 0 is clean.")
@@ -387,15 +400,7 @@ def pareto(
     "Clean and corrupted accuracy (rows) against prompt parameters, on each backbone (columns)."
     runs, styles, backbones = per_run(scores), variant_styles(scores.variant), _backbones(scores)
     shown = [images for images in ("clean", "corrupted") if runs[images].notna().any()]
-    figure, axes = plt.subplots(
-        len(shown),
-        len(backbones),
-        figsize=(max(COLUMN, PAGE * len(backbones) / 5), 0.6 + 1.15 * len(shown)),
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = _panels(len(shown), backbones, 1.2, sharex=True, sharey="row")
     right = 2 * runs.prompt_parameters.max() + 100
     for column, backbone in zip(axes.T, backbones):
         for ax, images in zip(column, shown):
@@ -415,7 +420,6 @@ def pareto(
                 ax.axhline(raw[images].mean(), **{**styles[RAW_PIXELS], "marker": None}, zorder=0)
             ax.set_xscale("symlog", linthresh=100, linscale=0.5)
             ax.set_xlim(-20, right)  # shared: no panel may cut off another's points
-        column[0].set_title(backbone)
         column[-1].set_xlabel("prompt parameters")
     for ax, images in zip(axes[:, 0], shown):
         ax.set_ylabel(f"{images}\naccuracy (%)")
@@ -465,23 +469,13 @@ def density_gains(
     densities = [name for name in densities if runs[name].notna().any()]
     styles = variant_styles(scores.variant)
     shown = runs[runs[densities].notna().any(axis=1)].variant.unique()
-    figure, axes = plt.subplots(
-        len(densities),
-        len(backbones),
-        figsize=(PAGE, 0.5 + 1.3 * len(densities)),
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = _panels(len(densities), backbones, 1.3, sharex=True, sharey=True)
     for row, density in zip(axes, densities):
         for ax, backbone in zip(row, backbones):
             for variant, part in runs[(runs.backbone == backbone) & runs[density].notna()].groupby("variant", sort=False):
                 ax.plot(part[density], part.gain, **styles[variant] | {"linestyle": "none"})
             ax.axhline(0, color="0.75", lw=0.6, zorder=0)
             ax.set(xlim=(-0.05, 1.05), xticks=[0, 0.5, 1], xlabel=readable(density))
-    for ax, backbone in zip(axes[0], backbones):
-        ax.set_title(backbone)
     figure.supylabel("gain over no prompt,\ncorrupted images (points)", ha="center", multialignment="center")
     _legend(figure, {variant: styles[variant] | {"linestyle": "none"} for variant in styles if variant in shown})
     against = " and ".join(readable(density) for density in densities)
@@ -518,15 +512,7 @@ def convergence(
     drawn = history[history.variant.isin(styles)]
     mappings, backbones = list(drawn.mapping.unique()), list(drawn.backbone.unique())
     losses = drawn.groupby(["mapping", "backbone", "variant", "epoch"]).loss.agg(["mean", "min", "max"])
-    figure, axes = plt.subplots(
-        len(mappings),
-        len(backbones),
-        figsize=(max(COLUMN, PAGE * len(backbones) / 5), 0.5 + 1.3 * len(mappings)),
-        sharex=True,
-        sharey="row",
-        layout="constrained",
-        squeeze=False,
-    )
+    figure, axes = _panels(len(mappings), backbones, 1.3, sharex=True, sharey="row")
     late = {}
     for row, mapping in zip(axes, mappings):
         for ax, backbone in zip(row, backbones):
@@ -539,8 +525,6 @@ def convergence(
                     before = curve["mean"].iloc[-1 - max(1, len(curve) // 5) :].iloc[0]
                     late[mapping, backbone, variant] = 100 * (curve["mean"].iloc[-1] / before - 1)
         row[0].set_ylabel(f"{readable(mapping)}\ntraining loss")
-    for ax, backbone in zip(axes[0], backbones):
-        ax.set_title(backbone)
     for ax in axes[-1]:
         ax.set_xlabel("epoch")
     _legend(figure, styles)

@@ -52,6 +52,14 @@ def images_of(part):
     return {image.numpy().tobytes() for image in part[0]}
 
 
+def test_the_first_images_of_each_part_are_a_dataset():
+    dataset = read_dataset("sprites_orientation", DatasetConfig())
+    few = dataset.first(200)
+    assert np.array_equal(few.x_train, dataset.x_train[:200]) and np.array_equal(few.y_test, dataset.y_test[:200])
+    with pytest.raises(DataError, match="y_train lacks"):
+        dataset.first(2)
+
+
 def test_shipped_files(fashion):
     assert fashion.x_train.shape == fashion.x_test.shape == (10_000, 1, 32, 32)
     assert np.bincount(fashion.y_test).tolist() == [1000] * 10
