@@ -141,7 +141,8 @@ def gather():
     write("results/report.ipynb", nbformat.writes(report))
     shutil.copytree(REPORT.parent / "figures", SOURCE / "results/figures", ignore=shutil.ignore_patterns("*.pdf"))
     heading = next(number for number, cell in enumerate(report.cells) if cell.source.startswith("## In short"))
-    write("finding.md", "".join(report.cells[heading + 1].outputs[0].data["text/markdown"]) + "\n")
+    said, explained = report.cells[heading + 1].outputs[0].data["text/markdown"], report.cells[heading + 2].source
+    write("finding.md", f"{said}\n\n{explained.partition('## ')[0]}")
 
     modules = public_modules()
     for module in modules:
