@@ -189,7 +189,7 @@ def show_table(
 def headroom_plot(
     table: pd.DataFrame,  # from `headroom`
 ) -> plt.Figure:
-    "Clean accuracy of no prompt, the best dense prompt and full fine-tuning on each backbone, a panel for each mapping and dataset."
+    "Clean validation accuracy of no prompt, the best dense prompt and full fine-tuning, a panel for each mapping and dataset."
     styles = {
         REFERENCE: ("no_prompt", variant_styles([REFERENCE])[REFERENCE]),
         "best dense prompt": ("dense", {"color": sns.color_palette("colorblind")[0], "marker": "o"}),
@@ -217,11 +217,11 @@ def headroom_plot(
             ax.set_title(f"{readable(mapping)}, {readable(dataset)}")
             ax.set_yticks(range(len(backbones)), backbones)
     axes[0, 0].set_ylim(len(backbones) - 0.5, -0.5)
-    figure.supxlabel("clean accuracy (%)")
+    figure.supxlabel("clean validation accuracy (%)")
     _legend(figure, {label: look for label, (_, look) in shown.items()})
     pale = [f"{cell.backbone} ({readable(cell.mapping)}, {readable(cell.dataset)})" for cell in table[~table.counts].itertuples()]
     figure.set_label(
-        f"Clean accuracy of {', '.join(shown)} on each backbone; {table.counts.sum()} of {len(table)} cells have headroom"
+        f"Clean validation accuracy of {', '.join(shown)} on each backbone; {table.counts.sum()} of {len(table)} cells have headroom"
         + (f"; pale, without it: {', '.join(pale)}." if pale else ".")
     )
     return figure

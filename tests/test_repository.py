@@ -12,7 +12,7 @@ import yaml
 from spikeprompt.backbones.pocket import packaged_weights, pocket_names
 from spikeprompt.config import project_root, read_params
 from spikeprompt.evaluation.scores import read_scores
-from spikeprompt.evaluation.statistics import compare, pairs, sentence
+from spikeprompt.evaluation.statistics import compare, pairs, questions, sentence
 from spikeprompt.prompts.base import method_class
 from spikeprompt.stages import RUN, all_runs, parse_experiment
 
@@ -51,13 +51,14 @@ def test_the_committed_scores_have_every_run_of_params_yaml():
 
 def test_committed_verdicts_are_those_of_the_committed_scores():
     config = parse_experiment(read_params())
-    again = compare(read_scores(list(config.methods), ROOT / "results/scores"), pairs(config.methods, references(config)))
+    table, named = read_scores(list(config.methods), ROOT / "results/scores"), (config.methods, references(config))
+    again = compare(table, pairs(*named), questions=questions(*named))
     kept = pd.read_csv(ROOT / "results/verdicts.csv")
-    names = ["mapping", "dataset", "variant", "placement", "reference", "images", "backbones", "verdict"]
+    names = ["mapping", "dataset", "variant", "placement", "reference", "images", "question", "backbones", "verdict"]
     pd.testing.assert_frame_equal(again[names], kept[names], check_dtype=False)
     assert (again.difference - kept.difference).abs().max() < 0.01
     report = (ROOT / "results/report.ipynb").read_text()
-    for _, rows in kept.groupby(["mapping", "dataset", "variant", "reference"], sort=False):
+    for _, rows in kept[kept.question].groupby(["mapping", "dataset", "variant", "reference"], sort=False):
         assert json.dumps(sentence(rows))[1:-1] in report
 
 

@@ -17,6 +17,7 @@ from spikeprompt.evaluation.statistics import (
     mcnemar_counts,
     paired_differences,
     pairs,
+    questions,
     seed_variances,
     sentence,
     tally,
@@ -225,11 +226,11 @@ def test_false_claims_on_backbones_chosen_by_headroom(control):
     assert compared > 12 and holds(wrong, 25), f"{wrong} of 25 families"
 
 
-def test_a_headline_gives_what_the_tables_hold_for_each_placement_with_headroom():
+def test_a_headline_gives_what_the_tables_hold_for_each_placement():
     scores = synthetic_scores({"dense": 5, "spiking": 5, "control": 0}, images=400, padded=2).assign(prompt_parameters=1234)
     compared = compare(scores, [("spiking", "dense"), ("control", "spiking")])
     runs, names = per_run(scores), list(scores.backbone.unique())
-    tokens, padding = headline(compared, runs, pd.Series(names), "spiking", "dense")
+    tokens, padding = headline(compared, runs, "spiking", "dense")
     assert tokens.startswith("**spiking as tokens** (3 backbones, 1,234 prompt parameters)") and padding.startswith(
         "**spiking as padding** (2 backbones, "
     )
@@ -240,8 +241,8 @@ def test_a_headline_gives_what_the_tables_hold_for_each_placement_with_headroom(
         f"Points against dense: {row.difference:+.1f} on clean images ({row.verdict})" in tokens and f"the MDD is {row.mdd:.1f}" in tokens
     )
     assert "Controls against spiking: control -" in tokens and "(significantly worse)" in tokens
-    assert headline(compared, runs, names[:1], "spiking", "dense")[0].startswith("**spiking as tokens** (1 backbone, ")
-    assert headline(compared, runs, [], "spiking", "dense") == []
+    none = compare(scores[scores.variant != "full fine-tuning"], [("spiking", "dense")])
+    assert "on clean images (no headroom) and " in headline(none, runs, "spiking", "dense")[0]
 
 
 @pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])
@@ -324,7 +325,7 @@ def test_comparisons_with_one_mapping_on_one_dataset_are_one_family(scores):
     wanted = [("better", "no prompt"), ("equal", "no prompt")]
     three = pd.concat([scores, scores.assign(dataset="other"), scores.assign(mapping="linear")])
     table, alone = compare(three, wanted, ("clean", "pgd")), compare(scores, wanted, ("clean",))
-    assert list(table.columns[:7]) == ["mapping", "dataset", "variant", "placement", "reference", "images", "backbones"]
+    assert list(table.columns[:8]) == ["mapping", "dataset", "variant", "placement", "reference", "images", "question", "backbones"]
     assert len(table) == 24
     parts = [part.drop(columns=["mapping", "dataset"]).reset_index(drop=True) for _, part in table.groupby(["mapping", "dataset"])]
     assert len(parts) == 3
@@ -375,8 +376,25 @@ def test_no_verdict_where_no_backbone_has_headroom(scores):
     assert table.equivalent.dtype == bool
     alone = compare(scores[scores.placement != "padding"].query("backbone < 'backbone 3'"), wanted, ("clean",))
     np.testing.assert_allclose(table.xs("tokens", level="placement").high, alone.high)  # the family has two comparisons, not four
-    nowhere = compare(left[left.variant != "full fine-tuning"], wanted)
-    assert set(nowhere.verdict) == {"no headroom"} and len(nowhere) == 8 and set(nowhere.backbones) == {0}
+    nowhere = compare(left[left.variant != "full fine-tuning"], wanted).set_index("images")
+    assert set(nowhere.verdict["clean"]) == {"no headroom"} and len(nowhere) == 8 and set(nowhere.backbones["clean"]) == {0}
+    assert "no headroom" not in set(nowhere.verdict["corrupted"]) and set(nowhere.backbones["corrupted"]) == {3, 2}
+
+
+def test_questions_are_a_family_of_their_own(scores):
+    wanted = [("better", "no prompt"), ("equal", "no prompt"), ("better", "equal")]
+    apart, alone = compare(scores, wanted, questions=wanted[:1]), compare(scores, wanted[:1])
+    assert apart.question.tolist() == [pair == wanted[0] for pair in zip(apart.variant, apart.reference)]
+    pd.testing.assert_frame_equal(apart[apart.question].reset_index(drop=True), alone.assign(question=True))
+    rest = compare(scores, wanted[1:])
+    pd.testing.assert_frame_equal(apart[~apart.question].reset_index(drop=True), rest)
+
+
+def test_questions_are_of_the_first_variants_and_their_controls():
+    methods = {"no_prompt": ["no prompt"], "vpt": ["VPT", "wide"], "spike_nvpt": ["S", "bits"], "straight": ["ST"], "fine": ["F"]}
+    references = {"vpt": "no_prompt", "spike_nvpt": "vpt", "straight": "spike_nvpt", "fine": "no_prompt"}
+    assert questions(methods, references) == [("S", "VPT"), ("bits", "S"), ("ST", "S")]
+    assert set(questions(methods, references)) <= set(pairs(methods, references))
 
 
 def test_nothing_to_compare_is_an_empty_table(scores):

@@ -17,7 +17,7 @@ __all__ = [
     "synthetic_scores",
     "per_run",
     "headroom",
-    "summary",
+    "accuracy_table",
 ]
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c02
@@ -138,7 +138,7 @@ def synthetic_scores(
     rng: int = 0,  # seed of all random numbers
 ) -> pd.DataFrame:  # as from `read_scores`, with label mapping on one dataset
     "Score table of no prompt, of full fine-tuning and of variants whose true gains are known."
-    rng, rows = np.random.default_rng(rng), []
+    rng, of_validation, rows = np.random.default_rng(rng), np.random.default_rng([rng, 1]), []
     p = rng.beta(0.5, 0.15, images)  # most images are easy, a few hopeless
     unit = p * (1 - p) / np.mean(p * (1 - p))  # where a gain falls: not on the easiest, not on the hopeless
     losses = {("clean", 0): 0, (FREE_GAUSSIAN, 0.1): 8, (FREE_GAUSSIAN, 0.2): 20, ("shot_noise", 1): 4, ("shot_noise", 3): 9}
@@ -155,8 +155,10 @@ def synthetic_scores(
                     placement = "tokens" if backbone < backbones - padded else "padding"
                     placement = {REFERENCE: "none", CONTROL: "weights"}.get(variant, placement)
                     run = ["label", "toy", f"backbone {backbone}", method, variant, seed]
-                    rows.append([*run, kind, corruption, float(severity), correct.mean(), 0.05, correct, placement])
-    return pd.DataFrame(rows, columns=[*RUN, *CONDITION, *_MEASURED, "placement"])
+                    validated = (p + gain / 100 * unit).mean() + of_validation.normal(0, 0.01)
+                    measured = [correct.mean(), 0.05, correct, placement, validated, 100 * (variant != REFERENCE)]
+                    rows.append([*run, kind, corruption, float(severity), *measured])
+    return pd.DataFrame(rows, columns=[*RUN, *CONDITION, *_MEASURED, "placement", "val_accuracy", "prompt_parameters"])
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c31
@@ -175,9 +177,7 @@ def _error_ratio(
 def per_run(
     scores: pd.DataFrame,  # from `read_scores`
     reference: str = REFERENCE,  # variant whose errors are 100 %
-) -> (
-    pd.DataFrame
-):  # a row a run: clean, gaussian, corrupted, retention, mce, relative_mce in percent; ece_clean, ece_corrupted; its properties
+) -> pd.DataFrame:  # a row a run: clean, gaussian, corrupted, mce in percent; ece_clean, ece_corrupted; its properties
     "Accuracy, robustness and calibration of each run."
     runs = scores.groupby(RUN, sort=False)
     clean = scores[scores.kind == "clean"].set_index(RUN)
@@ -185,9 +185,7 @@ def per_run(
     accuracy = noisy["accuracy"].reindex(clean.index) if len(noisy) else pd.DataFrame(index=clean.index)
     table = pd.DataFrame({"clean": 100 * clean.accuracy, "gaussian": 100 * accuracy.get(FREE_GAUSSIAN, np.nan)}, index=clean.index)
     table["corrupted"] = 100 * accuracy.mean(axis=1)
-    table["retention"] = 100 * table.corrupted / table.clean
     table["mce"] = _error_ratio(1 - accuracy, reference)
-    table["relative_mce"] = _error_ratio(-accuracy.sub(clean.accuracy, axis=0), reference)
     table["ece_clean"] = clean.ece
     table["ece_corrupted"] = noisy["ece"].mean(axis=1) if len(noisy) else np.nan
     properties = scores.columns.difference([*RUN, *CONDITION, *_MEASURED], sort=False)
@@ -202,12 +200,12 @@ def headroom(
     scores: pd.DataFrame,  # from `read_scores`
     least: float = 3.0,  # points with which a cell counts
 ) -> pd.DataFrame:  # mapping, dataset, backbone; no_prompt, dense, full_finetuning in percent; dense_variant; headroom in points; counts
-    "What a prompt could gain in each cell: clean accuracy of no prompt, the best dense prompt and full fine-tuning."
-    cell = ["mapping", "dataset", "backbone"]
-    means = scores[scores.kind == "clean"].groupby([*cell, "method", "variant"], sort=False).accuracy.mean().mul(100)
-    means = means.reset_index(["method", "variant"])
+    "What a prompt could gain in each cell: clean validation accuracy of no prompt, the best dense prompt and full fine-tuning."
+    cell, clean = ["mapping", "dataset", "backbone"], scores[scores.kind == "clean"]
+    means = clean.groupby([*cell, "method", "variant"], sort=False)[["val_accuracy", "prompt_parameters"]].mean()
+    means = means.assign(accuracy=100 * means.val_accuracy).reset_index(["method", "variant"])
     best = lambda chosen: means[chosen].sort_values("accuracy", ascending=False, kind="stable").groupby(cell).first()
-    dense = best(means.method.isin(DENSE))
+    dense = best(means.method.isin(DENSE) & (means.prompt_parameters > 0))  # an untrained prompt has none that learn
     table = pd.DataFrame({"no_prompt": best(means.variant == REFERENCE).accuracy, "dense": dense.accuracy}, index=means.index.unique())
     table["dense_variant"] = dense.variant.reindex(table.index).fillna("")
     table["full_finetuning"] = best(means.method == _METHODS[CONTROL]).accuracy
@@ -217,19 +215,17 @@ def headroom(
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c40
-def summary(
-    scores: pd.DataFrame,  # from `read_scores`
-) -> pd.DataFrame:  # a row for each mapping, dataset, backbone and variant, as text
-    "Placement, clean and corrupted accuracy, error ratio, calibration, size and sparsity of each prompt."
-    digits = {"clean": 1, "corrupted": 1, "mce": 1, "ece_clean": 3, "ece_corrupted": 3}
-    properties = {"prompt_parameters": 0, "pixel_density": 3, "bit_density": 3, "firing_rate": 3}
-    names = {"clean": "clean %", "corrupted": "corrupted %", "mce": "mCE %", "ece_clean": "ECE clean", "ece_corrupted": "ECE corrupted"}
-    runs = per_run(scores)
-    groups = runs.groupby(["mapping", "dataset", "backbone", "variant"], sort=False)
-    show = lambda numbers, places: numbers.map(lambda number: "" if pd.isna(number) else f"{number:.{places}f}")
-    table = {"placement": groups.placement.first()}
-    table |= {column: show(groups[column].mean(), places) for column, places in (digits | properties).items() if column in runs}
-    for column in ("clean", "corrupted"):
-        spread = show(groups[column].std(), 1)
-        table[column] += spread.where(spread == "", " ± " + spread)
-    return pd.DataFrame(table).rename(columns=lambda column: names.get(column, column.replace("_", " ")))
+def accuracy_table(
+    runs: pd.DataFrame,  # from `per_run`, one mapping and one dataset
+    images: str = "clean",  # or corrupted
+) -> pd.DataFrame:  # text; a row a placement and variant, a column a backbone, then `mean`, and `no prompt` on the same backbones
+    "Accuracy at the end of training in percent, mean ± standard deviation over the seeds."
+    groups = runs[runs.backbone != "none"].groupby(["placement", "variant", "backbone"], sort=False)[images]
+    mean, spread = groups.mean().unstack(sort=False), groups.std().unstack(sort=False)
+    text = mean.map(lambda value: "" if pd.isna(value) else f"{value:.1f}")
+    text += spread.map(lambda value: "" if pd.isna(value) else f" ± {value:.1f}")
+    text["mean"] = mean.mean(axis=1).map("{:.1f}".format)
+    zero = mean[mean.index.get_level_values("variant") == REFERENCE]
+    if len(zero):
+        text[REFERENCE] = mean.notna().mul(zero.iloc[0]).where(mean.notna()).mean(axis=1).map("{:.1f}".format)
+    return text

@@ -19,6 +19,7 @@ __all__ = [
     "seed_variances",
     "verdicts",
     "pairs",
+    "questions",
     "compare",
     "variant_names",
     "sentence",
@@ -156,14 +157,30 @@ def pairs(
     return found
 
 
+# %% ../../nbs/evaluation/91_statistics.ipynb #q2
+def questions(
+    methods: Mapping[str, Iterable[str]],  # method -> names of its variants
+    references: Mapping[str, str | Sequence[str]],  # method -> its reference method, or several, besides no prompt
+) -> list[tuple[str, str]]:  # (variant, reference), some of `pairs`
+    "The first variant of each method against that of its references, and its other variants against the first."
+    first, found = {method: next(iter(variants)) for method, variants in methods.items()}, []
+    for method, variants in methods.items():
+        named = references.get(method, ())
+        others = [name for name in ([named] if isinstance(named, str) else named) if name in methods and name != "no_prompt"]
+        found += [(first[method], first[name]) for name in others]
+        found += [(variant, first[method]) for variant in variants if others and variant != first[method]]
+    return found
+
+
 # %% ../../nbs/evaluation/91_statistics.ipynb #c33
 def compare(
     scores: pd.DataFrame,  # from `read_scores`
     pairs: Sequence[tuple[str, str]],  # (variant, reference)
     columns: Sequence[str] = ("clean", "corrupted"),  # images, as in `image_accuracy`
     margin: float = MARGIN,  # points
-) -> pd.DataFrame:  # mapping, dataset, variant, placement, reference, images, backbones (number that entered), what `verdicts` gives
-    "Verdicts on all comparisons, those with one mapping on one dataset as one family, on backbones with headroom."
+    questions: Sequence[tuple[str, str]] = (),  # those of the pairs that are a family of their own
+) -> pd.DataFrame:  # mapping, dataset, variant, placement, reference, images, question, backbones (number), what `verdicts` gives
+    "Verdicts on all comparisons with one mapping on one dataset, on clean images over the backbones with headroom."
     cells, key = headroom(scores).query("counts"), ["variant", "placement", "reference", "images"]
     tables = {}
     for (mapping, dataset), part in scores.groupby(["mapping", "dataset"], sort=False):
@@ -173,15 +190,20 @@ def compare(
         for variant, reference in pairs:
             _check_variants((variant, reference), part.variant.unique())
             for placement, own in part[part.variant == variant].groupby("placement", sort=False):
-                backbones = set(own.backbone) & set(open_to_gains)
                 for images, A in accuracy.items():
+                    backbones = set(own.backbone) & set(open_to_gains) if images == "clean" else set(own.backbone)
                     entered[variant, placement, reference, images] = len(backbones)
                     if backbones:
                         here = A[A.index.isin(backbones, level="backbone")]
                         differences[variant, placement, reference, images] = paired_differences(here, variant, reference)
-        found = verdicts(differences, [(images, placement) for _, placement, _, images in differences], margin)
-        found = found.reindex(pd.MultiIndex.from_tuples(entered, names=key))
-        found.insert(0, "backbones", [*entered.values()])
+        parts, index = [], pd.MultiIndex.from_tuples(entered, names=key)
+        is_question = lambda name: (name[0], name[2]) in questions
+        for asked in True, False:
+            family = {name: D for name, D in differences.items() if is_question(name) == asked}
+            parts.append(verdicts(family, [(images, placement) for _, placement, _, images in family], margin))
+        found = pd.concat([part for part in parts if len(part)] or parts[:1]).reindex(index)
+        found.insert(0, "question", [is_question(name) for name in entered])
+        found.insert(1, "backbones", [*entered.values()])
         found["verdict"] = found.verdict.fillna(NO_HEADROOM)
         found["equivalent"] = found.equivalent.eq(True)  # False where there is no verdict
         tables[mapping, dataset] = found
@@ -273,28 +295,26 @@ def tally(
 def headline(
     compared: pd.DataFrame,  # one mapping and one dataset, from `compare`
     runs: pd.DataFrame,  # of the same, from `per_run`
-    counted: Sequence[str],  # backbones with headroom
     variant: str,
     reference: str,  # variant
-) -> list[str]:  # a paragraph for each placement; none without headroom
+) -> list[str]:  # a paragraph for each placement
     "Accuracies of a variant, its reference and no prompt, the difference to the reference, and what its controls lack."
     found = []
     for placement, rows in compared[compared.variant == variant].groupby("placement", sort=False):
         own = runs[(runs.variant == variant) & (runs.placement == placement)]
-        backbones = [name for name in own.backbone.unique() if name in set(counted)]
-        if not backbones:
-            continue
+        backbones = own.backbone.unique()
         here = runs[runs.backbone.isin(backbones)].groupby("variant")[["clean", "corrupted", "prompt_parameters"]].mean()
         reached = lambda name: f"{here.clean[name]:.1f} % on clean and {here.corrupted[name]:.1f} % on corrupted images"
         learned = lambda name: f"{here.prompt_parameters[name]:,.0f} prompt parameters"
-        judged = lambda rows: " and ".join(f"{_points(row.difference)} {_on(row.images)} ({row.verdict})" for row in rows.itertuples())
+        number = lambda row: f"{_points(row.difference)} {_on(row.images)}" if row.difference == row.difference else _on(row.images)
+        judged = lambda rows: " and ".join(f"{number(row)} ({row.verdict})" for row in rows.itertuples())
         as_placed = f" as {placement}" if compared[compared.variant == variant].placement.nunique() > 1 else ""
         over = f"{len(backbones)} backbone{'s' * (len(backbones) > 1)}"
         against = rows[rows.reference == reference]
         found.append(
             f"**{variant}{as_placed}** ({over}, {learned(variant)}) reaches {reached(variant)}, {reference} ({learned(reference)}) "
             f"{reached(reference)}, {REFERENCE} {reached(REFERENCE)}. Points against {reference}: {judged(against)}; "
-            f"the MDD is {' and '.join(f'{mdd:.1f}' for mdd in against.mdd)}."
+            f"the MDD is {' and '.join(f'{mdd:.1f}' for mdd in against.mdd.dropna()) or 'unknown'}."
         )
         controls = compared[(compared.reference == variant) & (compared.placement == placement)]
         said = [f"{name} {judged(rows)}" for name, rows in controls.groupby("variant", sort=False)]
