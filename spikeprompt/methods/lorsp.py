@@ -39,15 +39,21 @@ class LoRSPConfig(PromptConfig):
     variant: Literal["factor", "pixel", "select", "binary", "static"] = Field("factor", description="which neurons spike, what spikes gate")
     rank: int = Field(4, ge=1, le=64, description="K, pairs of factors a channel, and steps of the neuron")
     init_std: float = Field(
-        0.01, gt=0, description="standard deviation of the factors at the start; a prompt adds about its square to a pixel"
+        0.01,
+        gt=0,
+        description="standard deviation of the factors at the start, and the amplitude of `binary`; a prompt of two factors adds about its square",
     )
-    image_gain: float = Field(0.5, gt=0, description="g, scale of the image's current beside the factor's; unused by static and pixel")
+    image_gain: float = Field(
+        0.5, gt=0, description="g, scale of the image's current beside the factor's; without effect for static, pixel and select"
+    )
     learn_gain: bool = Field(False, description="whether g is learned")
     firing_rate: float = Field(0.3, gt=0, lt=1, description="ρ, target share of the neurons that fire at each step")
     thresholds: Literal["homeostatic", "fixed", "learned"] = Field(
         "homeostatic", description="training moves them to keep ρ, leaves them as calibrated, or learns them by the loss"
     )
-    pool_size: int = Field(8, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels")
+    pool_size: int = Field(
+        8, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels; unused by static and pixel"
+    )
     surrogate: Literal["atan", "triangle", "sigmoid"] = Field("atan", description="gradient of a spike")
     lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt")
 

@@ -45,7 +45,7 @@ def signed_integrate_and_fire(
     current: Tensor,  # I [T, ...], time first
     v_threshold: Tensor,  # θ_t > 0 [T, ...], broadcast against one step of the current
     surrogate_function: surrogate.SurrogateFunctionBase = SURROGATES["atan"],
-) -> Tensor:  # spikes in {0, 1} [T, ...], fp32; a spike has the sign of its membrane potential
+) -> Tensor:  # spikes in {0, 1} [T, ...], fp32, whatever the sign of the potential
     "Spikes of signed integrate-and-fire neurons with soft reset and one threshold a step."
     with torch.autocast(current.device.type, enabled=False):
         potential, spikes = torch.zeros_like(current[0], dtype=torch.float32), []
