@@ -41,7 +41,7 @@ class LoRSPConfig(PromptConfig):
     init_std: float = Field(
         0.01,
         gt=0,
-        description="standard deviation of the factors at the start, and the amplitude of `binary`; a prompt of two factors adds about its square",
+        description="standard deviation of the factors at the start, whose products are about its square; amplitude of `binary`",
     )
     image_gain: float = Field(
         0.5, gt=0, description="g, scale of the image's current beside the factor's; without effect for static, pixel and select"
