@@ -50,10 +50,10 @@ def changed(path, value):
         ("train/mappings", ["labels"], "train.mappings.0 = 'labels': input should be 'label' or 'linear'"),
         ("tuned/folder", "runs/no/such", "tuned.folder = 'runs/no/such': no table of a search is there"),
         ("tune/space", {"lorsp": {"lr": [0.1]}}, "tune.space.lorsp.lr = [0.1]: list should have at least 2 items"),
-        ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000120: allowed are at most"),
+        ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000100: allowed are at most"),
         ("datasets/mnist", {}, "datasets.mnist: allowed are"),
         ("extensions", ["no_such_module"], "extensions = 'no_such_module': No module named"),
-        ("target", {}, "target is not a setting; allowed: extensions, backbones, datasets"),
+        ("target", {}, "target is not a setting; allowed: question, extensions, backbones, datasets"),
     ],
 )
 def test_a_value_that_cannot_work_is_refused_in_one_line(path, value, message):
@@ -95,7 +95,7 @@ def test_one_methods_value_is_that_methods_affair(monkeypatch):
 
 EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", '"Config of LoRSP."', '"The config of LoRSP, explained anew."', set()),
-    ("methods/lorsp.py", 'Field(0.1, gt=0, description="α', 'Field(0.2, gt=0, description="α', {"train-lorsp", "evaluate"}),
+    ("methods/lorsp.py", "HOMEOSTASIS = 0.1", "HOMEOSTASIS = 0.2", {"train-lorsp", "evaluate"}),
     ("training/loop.py", "# a bar in a terminal", "# a progress bar in a terminal", set()),
     ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt"}),
     ("training/search.py", 'direction="maximize"', 'direction="minimize"', set()),

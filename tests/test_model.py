@@ -204,6 +204,7 @@ def test_compile_and_export_give_the_same_logits(name, config, images):
 def test_a_compiled_model_trains(images):
     torch._dynamo.reset()
     model = get_prompted_model(timm.create_model("pocket_resnet", pretrained=True), LoRSPConfig(), 10)
+    torch.nn.init.normal_(model.head.linear.weight)  # as built, it is zero and lets no gradient pass
     logits, penalty = torch.compile(model, backend="eager")(images, return_penalty=True)
     (logits.sum() + penalty).backward()
     assert model.prompt.b.grad.abs().sum() > 0

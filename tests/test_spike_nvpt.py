@@ -170,7 +170,7 @@ def test_the_rate_penalty_pulls_the_density_back(images):
 
 @pytest.mark.parametrize("name", ["pocket_vit", "pocket_swin"])
 def test_matched_bits_start_with_the_statistics_of_patch_tokens(name, images):
-    prompt, backbone = spiking(name, num_tokens=2000).eval(), create_backbone(name)
+    prompt, backbone = spiking(name, num_tokens=2000, scaling="matched").eval(), create_backbone(name)
     tokens = prompt.prompt_tokens(0)
     assert abs(tokens.mean().item()) < 0.02 and tokens.std().item() == pytest.approx(1, abs=0.02)  # before it is calibrated
     prompt.calibrate(images, backbone)
