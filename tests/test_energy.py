@@ -98,7 +98,7 @@ def test_an_uncounted_product_is_an_error(model, operator):
 
 @pytest.mark.parametrize("variant", ["factor", "binary"])
 def test_lorsp_operations_by_brute_force(variant, prompted, images):
-    prompt = prompted("pocket_resnet", "lorsp", rank=3, pool_size=8, variant=variant).prompt
+    prompt = prompted("pocket_resnet", "lorsp", rank=3, pool_size=8, variant=variant).prompt.eval()  # in training, thresholds follow the images
     s_b, s_a = prompt.spikes(images[:1])
     pairs = 0
     for k in range(3):
@@ -234,7 +234,7 @@ def test_spike_nvpt_stores_packed_bits_and_scales(name, prompted):
 
 
 def test_counterparts_without_membranes(images):
-    prompt = LoRSP(LoRSPConfig(), backbone := create_backbone("pocket_resnet"))
+    prompt = LoRSP(LoRSPConfig(), backbone := create_backbone("pocket_resnet")).eval()
     prompt.calibrate(images, backbone)
     energies, updates = non_spiking_counterparts(prompt, images), operations(prompt, images)["membrane_updates"]
     assert energies["spiking"] - energies["gated"] == pytest.approx(updates * (MEMBRANE_PJ - 0.9))  # all that the membrane adds
