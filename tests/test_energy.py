@@ -98,7 +98,7 @@ def test_an_uncounted_product_is_an_error(model, operator):
 
 @pytest.mark.parametrize("variant", ["factor", "binary"])
 def test_lorsp_operations_by_brute_force(variant, prompted, images):
-    prompt = prompted("pocket_resnet", "lorsp", rank=3, pool_size=8, variant=variant).prompt.eval()  # in training, thresholds follow the images
+    prompt = prompted("pocket_resnet", "lorsp", rank=3, pool_size=8, variant=variant).prompt.eval()
     s_b, s_a = prompt.spikes(images[:1])
     pairs = 0
     for k in range(3):

@@ -11,7 +11,7 @@ import yaml
 
 from spikeprompt.backbones.pocket import packaged_weights, pocket_names
 from spikeprompt.config import project_root, read_params
-from spikeprompt.evaluation.scores import read_scores
+from spikeprompt.evaluation.scores import accuracy_table, per_run, read_scores
 from spikeprompt.evaluation.statistics import compare, pairs, questions, sentence
 from spikeprompt.prompts.base import method_class
 from spikeprompt.stages import RUN, all_runs, parse_experiment
@@ -60,6 +60,25 @@ def test_committed_verdicts_are_those_of_the_committed_scores():
     report = (ROOT / "results/report.ipynb").read_text()
     for _, rows in kept[kept.question].groupby(["mapping", "dataset", "variant", "reference"], sort=False):
         assert json.dumps(sentence(rows))[1:-1] in report
+
+
+def test_the_finding_in_the_readme_is_that_of_the_committed_scores():
+    finding = re.search(r"\*\*What was found so far\.\*\*.*", (ROOT / "README.md").read_text())[0]
+    runs = per_run(read_scores(list(parse_experiment(read_params()).methods), ROOT / "results/scores"))
+    runs = runs[(runs.mapping == "label") & (runs.dataset == "fashion_mnist")]
+    table, tokens = accuracy_table(runs), ["pocket_vit", "pocket_swin"]
+    pixels, none = table["mean"].xs("pixels"), table["mean"]["none", "no prompt"]
+    on_tokens, zero = table["mean"].xs("tokens"), table["no prompt"]["tokens", "Spike-NVPT"]
+    named = [none, pixels["LoRSP"], pixels["LoR-VP"], zero, on_tokens["Spike-NVPT"], on_tokens["VPT-deep"]]
+    named += [pixels["LoRSP, untrained"], on_tokens["random bits"], pixels["magnitude mask"], on_tokens["straight-through"]]
+    assert re.findall(r"(\d+\.\d) %", finding) == named
+    assert set(runs[runs.placement == "tokens"].backbone) == set(tokens)
+    verdicts = pd.read_csv(ROOT / "results/verdicts.csv").query("mapping == 'label' and dataset == 'fashion_mnist'")
+    of = verdicts[verdicts.images == "corrupted"].set_index(["variant", "reference"]).verdict
+    assert set(of.loc[[("LoRSP", "LoR-VP")]]) == {"significantly worse"} and set(of.loc[[("Spike-NVPT", "VPT-deep")]]) == {
+        "not significant"
+    }
+    assert "equivalent" not in set(verdicts.verdict)
 
 
 def test_tracked_files_are_small_and_name_no_lock():

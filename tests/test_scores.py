@@ -205,4 +205,3 @@ def test_the_accuracy_table_has_each_backbone_and_no_prompt_on_the_same_ones():
     assert table.loc[("tokens", "better"), "no prompt"] == f"{here['no prompt']:.1f}"
     assert "±" not in accuracy_table(runs[runs.seed == 0]).to_string()
     assert not accuracy_table(runs, "corrupted").equals(table)
-
