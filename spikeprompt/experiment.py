@@ -75,8 +75,8 @@ def tuned_values(
     like, found = config.tuned.like, {}
     for mapping, backbones in config.tuned.values.items():
         for backbone, values in backbones.items():
-            own = {name: values[like.get(name, name)] for name in variants if like.get(name, name) in values}
-            found.setdefault(mapping, {})[backbone] = own
+            if own := {name: values[like.get(name, name)] for name in variants if like.get(name, name) in values}:
+                found.setdefault(mapping, {})[backbone] = own
     return {"values": found}
 
 
