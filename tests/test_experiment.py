@@ -202,7 +202,7 @@ def test_tuned_values_take_the_place_of_a_variants_own(tmp_path):
         config = read_stage(tmp_path / "stages/train-lorsp.json")
         run = lambda mapping, variant: run_settings(config, (mapping, "fashion_mnist", "pocket_vit", "lorsp", variant, 0)).lr
         found[len(like)] = [run("label", "LoRSP"), run("linear", "LoRSP"), run("label", "LoRSP, static")]
-        assert records["train-lor_vp"]["config"]["tuned"]["values"] == {"label": {"pocket_vit": {}}}
+        assert records["train-lor_vp"]["config"]["tuned"]["values"] == {}  # or the search would make it stale
     assert found == {0: [0.3, 0.1, 0.1], 1: [0.3, 0.1, 0.3]}
     with pytest.raises(ConfigError, match="tuned.like.LoRSP = 'LoRPS': allowed are the tuned variants, LoRSP"):
         check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path), "like": {"LoRSP": "LoRPS"}}}))
