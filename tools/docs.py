@@ -73,7 +73,7 @@ def as_page(path: Path, code: str) -> nbformat.NotebookNode:
             cell.source = relink(cell.source, path.parent)
             said, figures = plain(cell.source) or said, 0
             if cell.source.startswith("#") and "\n" not in cell.source.strip():  # a heading alone says little
-                said = f"{said}, in {plain(nb.cells[0].source.partition(chr(10))[0])}"
+                said = f"{said}, in {plain(nb.cells[0].source.splitlines()[0])}"
         elif HIDDEN.search(cell.source) or not cell.source.strip() or (code == "left out" and not cell.outputs):
             continue
         else:
