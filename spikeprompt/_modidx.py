@@ -467,6 +467,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                 'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.fire': ( 'methods/lorsp.html#lorsp.fire',
                                                                                      'spikeprompt/methods/lorsp.py'),
+                                           'spikeprompt.methods.lorsp.LoRSP.forward': ( 'methods/lorsp.html#lorsp.forward',
+                                                                                        'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.measures': ( 'methods/lorsp.html#lorsp.measures',
                                                                                          'spikeprompt/methods/lorsp.py'),
                                            'spikeprompt.methods.lorsp.LoRSP.pattern': ( 'methods/lorsp.html#lorsp.pattern',

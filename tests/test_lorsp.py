@@ -123,6 +123,8 @@ def test_forward_is_the_prompted_image(cls):
 def test_no_call_leaves_anything_behind_but_thresholds_in_training(cls, training):
     prompt, images = make(cls).train(training), noise(8)
     names, state = sorted(vars(prompt)), copy.deepcopy(prompt.state_dict())
+    prompt.prompt(images), prompt.measures(images)
+    assert all(torch.equal(value, state[key]) for key, value in prompt.state_dict().items())
     prompted, _ = prompt(images)
     prompted.square().sum().backward()
     assert prompt.measures(images).keys() == prompt.measures(images).keys() == {"pixel_density", "rms", "firing_rate"}

@@ -90,17 +90,20 @@ def test_runs_are_collected_in_a_folder_named_by_what_they_depend_on(prepared, t
     data.mkdir()
     (data / "a.npz").write_bytes(b"1")
     (tmp_path / "train-vpt.json").write_text("{}")
-    first = unfinished_folder("train-vpt.json", "data")
-    assert first == unfinished_folder("train-vpt.json", "data") and first.parent == tmp_path / "runs/unfinished/train-vpt"
+    where = lambda out="runs/train/vpt": unfinished_folder("train-vpt.json", "data", out)
+    first = where()
+    assert first == where() and first.parent == tmp_path / "runs/unfinished/vpt"
     (data / "a.npz").write_bytes(b"2")
-    second = unfinished_folder("train-vpt.json", "data")
+    second = where()
     (tmp_path / "train-vpt.json").write_text("{ }")
-    assert len({first, second, unfinished_folder("train-vpt.json", "data")}) == 3
-    for folder in first, second, tmp_path / "out":
+    assert len({first, second, where(), where("runs/another/train/vpt")}) == 4
+    other = where("runs/another/train/vpt")
+    for folder in first, second, other, tmp_path / "out":
         folder.mkdir(parents=True)
         (folder / "of").write_text(folder.name)
     finish(second, "out")
     assert (tmp_path / "out/of").read_text() == second.name and not first.parent.exists()
+    assert (other / "of").exists()  # another experiment's interrupted runs
 
 
 def test_no_prompt_with_a_linear_head_is_the_linear_probe(prepared):

@@ -79,8 +79,8 @@ class LoRSPShuffled(LoRSP):
 
     config_class, label, reference, mixes_images = LoRSPShuffledConfig, "LoRSP, shuffled images", "lorsp", True
 
-    def spikes(self, images: Tensor) -> list[Tensor]:
-        return [spikes.roll(1, 1) for spikes in super().spikes(images)]
+    def spikes(self, images: Tensor, share: float = 0.0) -> list[Tensor]:
+        return [spikes.roll(1, 1) for spikes in super().spikes(images, share)]
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c19
@@ -118,7 +118,7 @@ class LoRSPRandomMask(LoRSP):
             kept = torch.rand_like(factors).argsort(-1) < _num_kept(config.firing_rate, factors.shape[-1])
             self.register_buffer(name, kept.float())
 
-    def spikes(self, images: Tensor) -> list[Tensor]:
+    def spikes(self, images: Tensor, share: float = 0.0) -> list[Tensor]:
         return [mask.float().transpose(0, 1)[:, None] for mask in (self.mask_b, self.mask_a)]
 
 

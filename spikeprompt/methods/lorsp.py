@@ -205,11 +205,15 @@ class LoRSP(Prompt):
         "Spikes of one population."
         return signed_integrate_and_fire(current, threshold, SURROGATES[self.config.surrogate])
 
-    def spikes(self, images: Tensor) -> list[Tensor]:  # [K, B, 3, neurons...] of each population, in {0, 1}
+    def spikes(
+        self,
+        images: Tensor,  # [B, 3, H, W] in [0, 1]
+        share: float = 0.0,  # of the way that homeostatic thresholds first move towards these images
+    ) -> list[Tensor]:  # [K, B, 3, neurons...] of each population, in {0, 1}
         "Which neurons fire at which step."
         spikes, currents = [], self.currents(images)
-        if self.has_thresholds and self.training and self.config.thresholds == "homeostatic":
-            self.adapt(currents, HOMEOSTASIS)
+        if share and self.has_thresholds and self.config.thresholds == "homeostatic":
+            self.adapt(currents, share)
         for population, current in enumerate(currents):
             threshold = None
             if self.has_thresholds:
@@ -231,8 +235,11 @@ class LoRSP(Prompt):
         if not self.variant.per_image:
             return self.prompt(self.b.new_zeros(1, 3, self.b.shape[-1], self.a.shape[-1]))[0]
 
-    def pixels(self, images: Tensor) -> Tensor:
-        return (images + self.combine(self.spikes(images))).to(images.dtype)
+    def pixels(self, images: Tensor, share: float = 0.0) -> Tensor:
+        return (images + self.combine(self.spikes(images, share))).to(images.dtype)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, float]:
+        return self.pixels(images, HOMEOSTASIS if self.training else 0.0), 0.0
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:

@@ -68,12 +68,14 @@ def train_run(
 def unfinished_folder(
     stage: str | Path,  # file of the stage, relative to the project
     prepared: str | Path,  # folder of the prepared datasets
+    out: str | Path,  # the stage's output, relative to the project
 ) -> Path:
-    "Where a stage's runs are collected."
+    "Where a stage's runs are collected: `unfinished` beside the folder of its output."
     digest = sha256((project_root() / stage).read_bytes())
     for path in sorted((project_root() / prepared).iterdir()):
         digest.update(path.read_bytes())
-    return project_root() / "runs/unfinished" / Path(stage).stem / digest.hexdigest()[:16]
+    out = project_root() / out
+    return out.parent.with_name("unfinished") / out.name / digest.hexdigest()[:16]
 
 
 def finish(
