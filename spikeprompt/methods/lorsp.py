@@ -52,10 +52,10 @@ class LoRSPConfig(PromptConfig):
         "homeostatic", description="training moves them to keep ρ, leaves them as calibrated, or learns them by the loss"
     )
     pool_size: int = Field(
-        8, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels; unused by static and pixel"
+        16, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels; unused by static and pixel"
     )
     surrogate: Literal["atan", "triangle", "sigmoid"] = Field("atan", description="gradient of a spike")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt")
+    lr: float = Field(0.2, gt=0, description="peak learning rate of the prompt")
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c08
@@ -155,8 +155,14 @@ class LoRSP(Prompt):
 
     def __init__(self, config: LoRSPConfig, backbone: Backbone):
         super().__init__(config, backbone)
-        (H, W), K = backbone.input_size, config.rank
         self.variant = VARIANTS[config.variant]
+        self.make_parameters(*backbone.input_size)
+        if self.has_thresholds:
+            self.calibrate(_noise_images(32, backbone.input_size, config.pool_size).to(self.b.device), backbone)
+
+    def make_parameters(self, H: int, W: int):
+        "Make all that is learned."
+        config, K = self.config, self.config.rank
         self.b = nn.Parameter(config.init_std * torch.randn(3, K, H))
         self.a = nn.Parameter(config.init_std * torch.randn(3, K, W))
         if self.variant.has_amplitude:
@@ -165,7 +171,6 @@ class LoRSP(Prompt):
             self.image_gain = nn.Parameter(torch.tensor(config.image_gain), requires_grad=config.learn_gain)
         if self.has_thresholds:
             self.thresholds = nn.Parameter(torch.ones(self.variant.populations, K, 3), requires_grad=config.thresholds == "learned")
-            self.calibrate(_noise_images(32, (H, W), config.pool_size).to(self.b.device), backbone)
 
     def factors(self) -> tuple[Tensor, Tensor]:  # b [K, 1, 3, H] and a [K, 1, 3, W], fp32
         "The factors, one step each."

@@ -35,7 +35,7 @@ def noisy(
 def outputs(
     model: nn.Module,  # images in [0, 1] to anything with a first axis; put in evaluation mode
     images: Tensor,  # uint8 [N, 3, H, W], or the model's input as float
-    batch_size: int = 250,
+    batch_size: int = 128,  # activations stay in the caches of a CPU
 ) -> Tensor:  # on the CPU, fp32
     "Run a model over images, batch by batch."
     model.eval()
