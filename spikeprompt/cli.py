@@ -16,6 +16,8 @@ __all__ = [
     "download",
     "pack_data",
     "check",
+    "try_",
+    "reproduced",
     "read_data",
     "parse_settings",
     "adapt",
@@ -137,6 +139,44 @@ def check(
     except (ConfigError, DataError) as error:
         typer.echo(f"{params if isinstance(error, ConfigError) else 'data'}: {error}", err=True)
         raise typer.Exit(2) from None
+
+
+# %% ../nbs/97_cli.ipynb #c17
+@app.command(name="try")
+def try_(
+    params: Annotated[Path, typer.Argument(help="The params file.")] = Path("params.yaml"),
+    out: Annotated[str, typer.Option(help="Folder that is made anew; nothing else is written.")] = "runs/try",
+):
+    "Run the whole pipeline on a handful of images, to see that it runs; its numbers mean nothing."
+    from spikeprompt.config import read_params
+    from spikeprompt.stages import parse_experiment
+    from spikeprompt.trial import try_pipeline
+
+    with one_line_errors():
+        made = try_pipeline(parse_experiment(read_params(params)), out, lambda line: typer.echo(line, err=True))
+        typer.echo(made)
+
+
+@app.command()
+def reproduced(
+    results: Annotated[str, typer.Argument(help="Folder of results, relative to the project.")] = "results",
+    against: Annotated[str, typer.Option(help="Commit that holds the results to compare with.")] = "HEAD",
+    tell: Annotated[bool, typer.Option("--tell", help="Always exit with 0, also where there is nothing to compare with.")] = False,
+):
+    "Say whether the results in the working directory reproduce the committed ones; exit code 1 if not."
+    from spikeprompt.evaluation.reproduced import answer, tables
+
+    with one_line_errors():
+        try:
+            (found, verdicts), (committed, committed_verdicts) = tables(results), tables(results, against)
+            held, lines = answer(found, committed, verdicts, committed_verdicts)
+        except ValueError as error:
+            if not tell:
+                raise
+            held, lines = True, [f"not compared with {against}: {error}"]
+        typer.echo("\n".join(lines))
+        if not (held or tell):
+            raise typer.Exit(1)
 
 
 # %% ../nbs/97_cli.ipynb #c14
