@@ -28,11 +28,11 @@ NOTEBOOKS = {  # page -> title, notebooks in reading order
     "tutorials": ("Tutorials", ["nbs/98_*", "nbs/tutorials/*", "nbs/template_*"]),
     "foundations": ("Foundations", ["nbs/0*", "nbs/backbones/*"]),
     "prompts": ("Prompts", ["nbs/prompts/*", "nbs/methods/*", "nbs/baselines/*", "nbs/controls/*", "nbs/60_*"]),
-    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9[4-7]*"]),
+    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9[4-79]*"]),
     "pipeline": ("Pipeline", ["nbs/pipeline/*"]),
     "executed": ("As it ran", ["results/notebooks/*"]),
 }
-REPORT = ROOT / "results/report.ipynb"
+REPORT = Path("results/report.ipynb")
 HIDDEN = re.compile(r"^#\|\s*(hide|default_exp)\b", re.M)
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
 IMPORTS = re.compile(r"(from|import|\)|    )")
@@ -53,7 +53,7 @@ def relink(text: str, folder: Path) -> str:
             return f"![{alt}](/{path})"
         if path and path.suffix == ".md" and path.parts[0] in ("docs", "CONTRIBUTING.md"):
             return f"[{name}](/{path.name.lower()})"
-        return f"[{name}](/{path})" if path and path.suffix == ".ipynb" and path.parts[0] in ("nbs", "results") else name
+        return f"[{name}](/{path})" if path and path.suffix == ".ipynb" and path.parts[0] in ("nbs", "results", "experiments") else name
 
     return LINK.sub(replace, text)
 
@@ -108,6 +108,16 @@ def contents(title: str, pages: dict[str, tuple[str, str]]) -> str:
     return f"# {title}\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
 
 
+def add_report(place: Path, title: str = "") -> nbformat.NotebookNode:
+    "A report and its figures; an experiment's has a title of its own."
+    report = as_page(ROOT / place, "left out")
+    if title:
+        report.cells[0].source = re.sub(r"^# .*", lambda found: f"# {title}", report.cells[0].source)
+    write(place, nbformat.writes(report))
+    shutil.copytree((ROOT / place).parent / "figures", SOURCE / place.parent / "figures", ignore=shutil.ignore_patterns("*.pdf"))
+    return report
+
+
 def gather():
     "Write all sources of the site anew."
     from api import page, public_modules, targets
@@ -139,9 +149,15 @@ def gather():
                 links[mention] = ("std", "doc", f"/{place.with_suffix('').as_posix()}")
         write(f"{name}.md", contents(title, listed))
 
-    report = as_page(REPORT, "left out")
-    write("results/report.ipynb", nbformat.writes(report))
-    shutil.copytree(REPORT.parent / "figures", SOURCE / "results/figures", ignore=shutil.ignore_patterns("*.pdf"))
+    listed = {"leads.md": ("What was tried", "Trials on the way to the defaults, and what was dropped")}
+    for path in sorted(ROOT.glob("experiments/*/results/report.ipynb")):
+        place, params = path.relative_to(ROOT), path.parents[1] / "params.yaml"
+        title, _, about = params.read_text().partition("\n")[0].removeprefix("# ").partition(": ")
+        add_report(place, title)
+        listed[place.as_posix()] = title, about.partition(". ")[0].rstrip(".")
+    write("reports.md", contents("Experiments' reports", listed))
+
+    report = add_report(REPORT)
     heading = next(number for number, cell in enumerate(report.cells) if cell.source.startswith("## In short"))
     said, explained = report.cells[heading + 1].outputs[0].data["text/markdown"], report.cells[heading + 2].source
     write("finding.md", f"{said}\n\n{explained.partition('## ')[0]}")
