@@ -55,7 +55,7 @@ class LoRSPConfig(PromptConfig):
         16, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels; unused by static and pixel"
     )
     surrogate: Literal["atan", "triangle", "sigmoid"] = Field("atan", description="gradient of a spike")
-    lr: float = Field(0.2, gt=0, description="peak learning rate of the prompt")
+    lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt; 0.2 in a training of some hundred steps")
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c08
