@@ -108,6 +108,11 @@ def contents(title: str, pages: dict[str, tuple[str, str]]) -> str:
     return f"# {title}\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
 
 
+def number(path: Path) -> tuple[int, str]:
+    "What sorts notebooks by their number."
+    return len(path.stem.partition("_")[0]), path.stem
+
+
 def add_report(place: Path, title: str = "") -> nbformat.NotebookNode:
     "A report and its figures; an experiment's has a title of its own."
     report = as_page(ROOT / place, "left out")
@@ -135,7 +140,7 @@ def gather():
     links = {}
     for name, (title, patterns) in NOTEBOOKS.items():
         listed = {}
-        for path in [path for pattern in patterns for path in sorted(ROOT.glob(f"{pattern}.ipynb"))]:
+        for path in [path for pattern in patterns for path in sorted(ROOT.glob(f"{pattern}.ipynb"), key=number)]:
             place = path.relative_to(ROOT)
             shown = as_page(path, "folded" if name in ("pipeline", "executed") or path.stem == "98_play" else "shown")
             heading, *rest = [line for line in shown.cells[0].source.splitlines() if line]
