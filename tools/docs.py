@@ -99,13 +99,13 @@ def write(name: str | Path, text: str):
     path.write_text(text)
 
 
-def contents(title: str, pages: dict[str, tuple[str, str]]) -> str:
-    "A page that lists others: page -> its title and what it is about."
+def contents(title: str, pages: dict[str, tuple[str, str]], said: str = "") -> str:
+    "A page that lists others: page -> its title and what it is about; `said` stands above."
     from api import table
 
-    rows = table([("", ""), *((f"[{name}](/{page})", said) for page, (name, said) in pages.items())])
+    rows = table([("", ""), *((f"[{name}](/{page})", about) for page, (name, about) in pages.items())])
     listed = "\n".join(f"/{page.rpartition('.')[0]}" for page in pages)
-    return f"# {title}\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
+    return f"# {title}\n\n{said}\n\n{rows}\n\n```{{toctree}}\n:hidden:\n\n{listed}\n```\n"
 
 
 def number(path: Path) -> tuple[int, str]:
@@ -160,7 +160,11 @@ def gather():
         title, _, about = params.read_text().partition("\n")[0].removeprefix("# ").partition(": ")
         add_report(place, title)
         listed[place.as_posix()] = title, about.partition(". ")[0].rstrip(".")
-    write("reports.md", contents("Experiments' reports", listed))
+    said = (
+        "Pipelines beside the main one, each with a question, a params file and a report of its own. "
+        "`uv run dvc repro experiments/NAME/dvc.yaml` runs one; its report stands here once its results are committed."
+    )
+    write("reports.md", contents("Experiments' reports", listed, said))
 
     report = add_report(REPORT)
     heading = next(number for number, cell in enumerate(report.cells) if cell.source.startswith("## In short"))
