@@ -61,7 +61,7 @@ def test_a_trial_writes_its_report_and_nothing_else(params, tmp_path):
 
 
 def test_a_folder_that_is_no_trial_is_left_alone(params, tmp_path):
-    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/runs/stages").mkdir(parents=True)  # as a checkout has them
     (tmp_path / "precious/file").write_text("1")
     done = CliRunner().invoke(app, ["try", str(params), "--out", str(tmp_path / "precious")])
     assert done.exit_code == 2 and "is not an earlier trial" in done.stderr and len(done.stderr.splitlines()) == 1
