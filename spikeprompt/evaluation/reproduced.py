@@ -7,13 +7,15 @@ __all__ = ["CELL", "changes", "flipped", "answer", "tables"]
 
 # %% ../../nbs/evaluation/106_reproduced.ipynb #c02
 import subprocess
+import tarfile
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pandas as pd
 
 from ..config import project_root
-from .scores import per_run, unpack
+from .scores import per_run, read_scores
 
 # %% ../../nbs/evaluation/106_reproduced.ipynb #c04
 CELL = ["mapping", "dataset", "backbone", "variant"]
@@ -92,17 +94,16 @@ def tables(
     commit: str = "",  # empty: as the files are now
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # score table; verdicts
     "Scores and verdicts of a results folder; raises `ValueError` when they are missing."
-    root, folder = project_root(), Path(folder)
     if commit:
-        git = lambda *command: subprocess.run(["git", *command], cwd=root, capture_output=True)
-        listed = git("ls-tree", "-r", "--name-only", commit, "--", str(folder))
-        if listed.returncode:
-            raise ValueError(f"git {commit!r}: {' '.join(listed.stderr.decode().split())}; a commit of this repository is needed")
-        files = {Path(name): BytesIO(git("show", f"{commit}:{name}").stdout) for name in listed.stdout.decode().splitlines()}
-    else:
-        files = {path.relative_to(root): path for path in (root / folder).rglob("*.csv*")}
-    scores = {path: file for path, file in files.items() if path.parent.name == "scores" and path.name != "raw_pixels.csv.gz"}
-    if not scores or folder / "verdicts.csv" not in files:
-        raise ValueError(f"{folder}{f' of commit {commit}' if commit else ''}: it has no scores and verdicts; `dvc repro` makes them")
-    table = pd.concat([pd.read_csv(scores[path], compression="gzip") for path in sorted(scores)], ignore_index=True)
-    return table.assign(correct=table.correct.map(unpack)), pd.read_csv(files[folder / "verdicts.csv"])
+        found = subprocess.run(["git", "archive", commit, "--", str(folder)], cwd=project_root(), capture_output=True)
+        if found.returncode:
+            reason = " ".join(found.stderr.decode().split())
+            raise ValueError(f"{folder} of git's {commit!r}: {reason}; a commit of this repository is needed")
+        with TemporaryDirectory() as unpacked:
+            tarfile.open(fileobj=BytesIO(found.stdout)).extractall(unpacked, filter="data")
+            return tables(Path(unpacked) / folder)
+    top = project_root() / folder
+    methods = [path.name.removesuffix(".csv.gz") for path in sorted(top.glob("scores/*.csv.gz")) if path.name != "raw_pixels.csv.gz"]
+    if not methods or not (top / "verdicts.csv").is_file():
+        raise ValueError(f"{folder}: it has no scores and verdicts; `dvc repro` makes them")
+    return read_scores(methods, top / "scores"), pd.read_csv(top / "verdicts.csv")
