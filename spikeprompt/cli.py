@@ -22,6 +22,7 @@ __all__ = [
     "parse_settings",
     "adapt",
     "load_adapter",
+    "read_labels",
     "predict",
     "evaluate",
     "export",
@@ -95,29 +96,33 @@ def datasets(as_json: Json = False):
     "List the datasets that have a reader; folders of images and .npz files are datasets, too."
     from inspect import getdoc
 
-    from spikeprompt import datasets as module
+    from spikeprompt.datasets.readers import READERS
 
     with one_line_errors():
-        show([{"dataset": name, "what it is": getdoc(reader).partition(";")[0]} for name, reader in module.READERS.items()], as_json)
+        show([{"dataset": name, "what it is": getdoc(reader).partition(";")[0]} for name, reader in READERS.items()], as_json)
 
 
 # %% ../nbs/97_cli.ipynb #c10
 @app.command()
 def download(
-    name: Annotated[str, typer.Argument(help="A timm name, e.g. resnet18.")],
-    folder: Annotated[str, typer.Option(help="Folder of weights files.")] = "weights",
+    name: Annotated[str, typer.Argument(help="A timm name, torchvision_<its name>, or a dataset of torchvision's, e.g. cifar10.")],
+    folder: Annotated[str, typer.Option(help="Where to; weights, or data/<dataset>, if it is not given.")] = "",
 ):
-    "Fetch a pretrained model from timm's hub and keep it as a file."
+    "Fetch a pretrained model or a dataset from its hub and keep it as files."
     from spikeprompt.backbones.loader import download
+    from spikeprompt.datasets.standard import STANDARD, download_dataset
 
     with one_line_errors():
-        download(name, folder)
+        if name in STANDARD:
+            download_dataset(name, folder or f"data/{name}")
+        else:
+            download(name, folder or "weights")
 
 
 @app.command()
 def pack_data(source: Annotated[Path, typer.Argument(help="Folder with the four canonical Fashion-MNIST idx.gz files.")]):
     "Make data/fashion_mnist anew from the canonical files."
-    from spikeprompt.datasets import shorten
+    from spikeprompt.datasets.fashion_mnist import shorten
 
     with one_line_errors():
         shorten(source)
@@ -131,14 +136,14 @@ def check(
 ):
     "Check an experiment and write what each of its stages depends on."
     from spikeprompt.config import ConfigError, read_params
-    from spikeprompt.datasets import DataError
     from spikeprompt.experiment import check_experiment, parse_experiment, write_stages
 
-    try:
-        write_stages(check_experiment(parse_experiment(read_params(params))), out)
-    except (ConfigError, DataError) as error:
-        typer.echo(f"{params if isinstance(error, ConfigError) else 'data'}: {error}", err=True)
-        raise typer.Exit(2) from None
+    with one_line_errors():
+        try:
+            write_stages(check_experiment(parse_experiment(read_params(params))), out)
+        except ConfigError as error:
+            typer.echo(str(error) if str(error).startswith(str(params)) else f"{params}: {error}", err=True)
+            raise typer.Exit(2) from None
 
 
 # %% ../nbs/97_cli.ipynb #c17
@@ -182,8 +187,8 @@ def reproduced(
 # %% ../nbs/97_cli.ipynb #c14
 def read_data(data: Path, backbone):
     "A folder of images or an .npz file as a dataset of the backbone's size; says what was converted."
-    from spikeprompt.adapt import read_image_folder
-    from spikeprompt.datasets import read_npz
+    from spikeprompt.datasets.image_files import read_image_folder
+    from spikeprompt.datasets.readers import read_npz
 
     if data.suffix == ".npz":
         return read_npz(data)
@@ -220,10 +225,12 @@ def adapt(
 ):
     "Train a prompt and a head on a folder of images, and write the adapter with a report card."
     import torch
+    from accelerate import PartialState
 
     from spikeprompt import adapt as work
     from spikeprompt.backbones.loader import create_backbone
     from spikeprompt.config import TrainConfig, parse_config
+    from spikeprompt.files import replacing, write_json
     from spikeprompt.prompts.base import create_prompt, method_class
     from spikeprompt.training.head import to_pixels
 
@@ -245,11 +252,14 @@ def adapt(
             seed=seed,
             report=lambda line: typer.echo(line, err=True),
         )
+        if not PartialState().is_main_process:  # of several that `accelerate launch` started
+            return
         images = to_pixels(net.resize(torch.from_numpy(dataset.x_test[:4])))
         card = work.report_card(adapted, images)
         adapted.model.save_pretrained(out)
-        (out / "labels.json").write_text(json.dumps(adapted.class_names, ensure_ascii=False) + "\n")
-        (out / "report.html").write_text(card)
+        write_json(out / "labels.json", {"classes": adapted.class_names})
+        with replacing(out / "report.html") as unfinished:
+            unfinished.write_text(card)
         show(adapted.scores.rename_axis("images").reset_index().to_dict("records"), as_json)
         typer.echo(f"adapter and report card are in {out}", err=True)
 
@@ -257,12 +267,19 @@ def adapt(
 # %% ../nbs/97_cli.ipynb #c16
 def load_adapter(adapter: Path, weights: str):
     "The model of an adapter, its backbone packaged or from a folder of weights; raises `ValueError`."
-    from spikeprompt.backbones.loader import create_backbone
+    from spikeprompt.backbones.loader import recorded_backbone
     from spikeprompt.model import PromptedModel, read_adapter
 
     if not weights:
         return PromptedModel.from_pretrained(adapter)
-    return PromptedModel.from_pretrained(adapter, create_backbone(read_adapter(adapter)[0]["backbone"]["name"], weights))
+    return PromptedModel.from_pretrained(adapter, recorded_backbone(read_adapter(adapter)[0]["backbone"], weights))
+
+
+def read_labels(adapter: Path) -> list[str]:
+    "The names of an adapter's classes; raises `DamagedFile`."
+    from spikeprompt.files import read_json
+
+    return read_json(adapter / "labels.json", "`spikeprompt adapt` writes it beside the adapter")["classes"]
 
 
 Adapter = Annotated[Path, typer.Argument(help="Folder that `adapt` wrote.")]
@@ -276,12 +293,12 @@ def predict(
     "Name the most probable class of each image."
     import torch
 
-    from spikeprompt.adapt import read_image
+    from spikeprompt.datasets.image_files import read_image
     from spikeprompt.training.head import outputs
 
     with one_line_errors():
         model = load_adapter(adapter, weights)
-        names = json.loads((adapter / "labels.json").read_text())
+        names = read_labels(adapter)
         read = [read_image(path, model.backbone.input_size, model.backbone.interpolation)[0] for path in images]
         chances = outputs(model, torch.stack([torch.from_numpy(image) for image in read])).softmax(1)
         best = chances.max(1)
@@ -306,7 +323,7 @@ def evaluate(
     with one_line_errors():
         model = load_adapter(adapter, weights)
         dataset = read_data(data, model.backbone)
-        names = json.loads((adapter / "labels.json").read_text())
+        names = read_labels(adapter)
         if dataset.class_names != names:
             raise ValueError(f"{data}: its classes are {', '.join(dataset.class_names)}; those of {adapter} are {', '.join(names)}")
         images = model.backbone.resize(torch.from_numpy(dataset.x_test))

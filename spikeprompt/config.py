@@ -7,13 +7,20 @@ __all__ = [
     "T",
     "Distinct",
     "OneOrMore",
+    "Seed",
+    "LearningRate",
+    "ImageSize",
+    "ThreeNumbers",
+    "ThreeAboveZero",
     "project_root",
     "ConfigError",
     "did_you_mean",
     "Config",
+    "short",
     "format_validation_error",
     "parse_config",
     "check_distinct",
+    "BackboneOptions",
     "BackbonesConfig",
     "DatasetConfig",
     "TrainConfig",
@@ -25,6 +32,7 @@ __all__ = [
 ]
 
 # %% ../nbs/00_config.ipynb #c02
+import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -35,12 +43,12 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    NonNegativeInt,
     PositiveFloat,
     SerializeAsAny,
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 
@@ -61,7 +69,7 @@ def did_you_mean(
     allowed: list[str],
 ) -> str:  # the end of an error's line; empty if no allowed name is near
     "Offer the allowed names that are nearest to an unknown one."
-    near = get_close_matches(name, allowed, 3)
+    near = get_close_matches(str(name), allowed, 3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 
@@ -69,10 +77,18 @@ def did_you_mean(
 class Config(BaseModel):
     "Base of every group of settings: strict types, no unknown names, immutable."
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 # %% ../nbs/00_config.ipynb #c11
+def short(
+    value: Any,
+) -> str:
+    "A value as one line shows it."
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def format_validation_error(
     error: ValidationError,  # what pydantic raised
     where: str,  # dotted path of the group, e.g. `methods.lorsp.LoRSP`; empty for the whole file
@@ -87,8 +103,10 @@ def format_validation_error(
         return f"{name} is not a setting"
     if first["type"] == "missing":
         return f"{name} is missing"
+    if first["type"] == "model_type":
+        return f"{name} = {short(first['input'])}: a mapping of settings is allowed"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{name} = {first['input']!r}: {message[0].lower()}{message[1:]}"
+    return f"{name} = {short(first['input'])}: {message[0].lower()}{message[1:]}"
 
 
 # %% ../nbs/00_config.ipynb #c12
@@ -101,7 +119,7 @@ def parse_config(
     "Validate one group of settings; raises `ConfigError`."
     allowed = ", ".join(kind.model_fields)
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'params.yaml'} = {values!r}: a mapping of {allowed} is allowed")
+        raise ConfigError(f"{where or 'params.yaml'} = {short(values)}: a mapping of {allowed} is allowed")
     try:
         return kind.model_validate(values, context=context)
     except ValidationError as error:
@@ -122,22 +140,65 @@ def check_distinct(
 T = TypeVar("T")
 Distinct = Annotated[list[T], AfterValidator(check_distinct)]  # may be empty
 OneOrMore = Annotated[list[T], Field(min_length=1), AfterValidator(check_distinct)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # numpy's range
+LearningRate = Annotated[float, Field(gt=0, le=100)]  # AdamW moves a parameter by about its rate
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
+ThreeNumbers = Annotated[list[Annotated[float, Field(ge=0, le=1)]], Field(min_length=3, max_length=3)]  # one a channel
+ThreeAboveZero = Annotated[list[Annotated[float, Field(gt=0, le=1)]], Field(min_length=3, max_length=3)]
 
 
 # %% ../nbs/00_config.ipynb #c21
-class BackbonesConfig(Config):
-    "Names, weights and input size of the frozen backbones."
+class BackboneOptions(Config):
+    "What one backbone has of its own; further names are options of its constructor, e.g. timm's `pad_type: same`."
 
-    names: OneOrMore[str] = Field(description="timm names, the packaged pocket_* models among them")
-    weights: str = Field("", description="folder of <timm name>.safetensors, relative to the project or absolute; empty: the packaged ones")
-    img_size: int | None = Field(None, ge=8, description="pixels a side of the images that backbones get; null: each its own")
+    model_config = ConfigDict(extra="allow")
+    img_size: ImageSize | None = Field(None, description="pixels a side of the images that it gets; null: as all")
+    mean: ThreeNumbers | None = Field(None, description="of each channel of its images, on [0, 1]; null: its own")
+    std: ThreeAboveZero | None = Field(None, description="likewise")
+    fold_batch_norm: bool = Field(False, description="fold batch normalisation into convolutions: faster, and equal up to rounding")
+
+    @model_validator(mode="after")
+    def _not_reserved(self):
+        reserved = {"name", "model_name", "weights", "pretrained", "checkpoint_path", "features_only", "num_classes"}
+        if taken := sorted(reserved & set(self.model_extra)):
+            raise ConfigError(f"backbones.options: {', '.join(taken)} cannot be an option of one backbone; options of its constructor can")
+        return self
+
+
+class BackbonesConfig(Config):
+    "Names, weights, input size and options of the frozen backbones."
+
+    names: OneOrMore[str] = Field(description="timm names, the packaged pocket_* models among them, or torchvision_<its name>")
+    weights: str = Field("", description="folder of <name>.safetensors, relative to the project or absolute; empty: the packaged ones")
+    img_size: ImageSize | None = Field(None, description="pixels a side of the images that backbones get; null: each its own")
+    options: dict[str, BackboneOptions] = Field({}, description="backbone: what it has of its own")
+
+    @model_validator(mode="after")
+    def _options_of_names(self):
+        for name in self.options:
+            if name not in self.names:
+                raise ConfigError(
+                    f"backbones.options.{name} is of no backbone; allowed are {', '.join(self.names)}{did_you_mean(name, self.names)}"
+                )
+        return self
+
+    def arguments(
+        self,
+        name: str,
+    ) -> dict:  # those of `create_backbone`
+        "What one backbone is built with."
+        own = self.options.get(name, BackboneOptions()).model_dump()
+        return {"weights": self.weights, "img_size": self.img_size} | {key: value for key, value in own.items() if value is not None}
 
 
 # %% ../nbs/00_config.ipynb #c22
 class DatasetConfig(Config):
-    "Folder and split sizes of one dataset."
+    "Folder, image size and split sizes of one dataset."
 
     folder: str = Field("", description="folder of its files, relative to the project or absolute; empty: made by code")
+    image_size: ImageSize | None = Field(
+        None, description="pixels a side at which its images are kept; null: as they are, if they have one size"
+    )
     n_train: int = Field(2000, ge=10, description="training images")
     n_val: int = Field(1000, ge=10, description="validation images, held out of the training part")
     n_test: int = Field(1000, ge=10, description="test images")
@@ -147,14 +208,16 @@ class DatasetConfig(Config):
 class TrainConfig(Config):
     "Training settings that all methods share: protocol, images, steps, schedule and head."
 
-    mappings: OneOrMore[Literal["label", "linear"]] = Field(
-        ["label", "linear"], description="protocols: one backbone class for each label, or a linear head that is trained with the prompt"
+    mappings: OneOrMore[Literal["label", "label_once", "label_random", "linear"]] = Field(
+        ["label", "linear"],
+        description="protocols: one backbone class for each label, chosen anew after each epoch, once, or at random; "
+        "or a linear head that is trained with the prompt",
     )
-    seeds: OneOrMore[NonNegativeInt] = Field([0, 1, 2], description="one run each: split, initialisation and order of the images")
-    epochs: int = Field(20, ge=1, description="passes over the training images; the end of the last one is kept")
-    batch_size: int = Field(64, ge=2, description="images a step")
-    head_lr: float = Field(0.001, gt=0, description="peak learning rate of the linear head")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the head's weights")
+    seeds: OneOrMore[Seed] = Field([0, 1, 2], description="one run each: split, initialisation and order of the images")
+    epochs: int = Field(20, ge=1, le=100_000, description="passes over the training images; the end of the last one is kept")
+    batch_size: int = Field(64, ge=2, le=65_536, description="images a step")
+    head_lr: LearningRate = Field(0.001, description="peak learning rate of the linear head")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="AdamW's decay of the head's weights")
     head_c: OneOrMore[PositiveFloat] = Field(
         [0.001, 0.01, 0.1], description="inverse L2 strengths of the first and the last head; the best on validation images is used"
     )
@@ -165,15 +228,16 @@ class TrainConfig(Config):
 class RobustnessConfig(Config):
     "Corruptions and attacks of the test images, and faults of the stored prompts."
 
-    seed: int = Field(0, ge=0, description="seed of every corruption, attack and fault")
+    seed: Seed = Field(0, description="seed of every corruption, attack and fault")
     sigmas: Distinct[float] = Field([0.05, 0.1, 0.2, 0.3], description="Gaussian noise, standard deviation on [0, 1] pixels")
     corruptions: Distinct[str] = Field(["shot_noise", "impulse_noise", "speckle_noise"], description="names of corruptions")
     severities: Distinct[int] = Field([1, 2, 3, 4, 5], description="severities of the named corruptions, 1 to 5")
     table: Literal["cifar_c", "imagenet_c"] = Field("cifar_c", description="table of the severities' constants")
+    files: dict[str, str] = Field({}, description="dataset: folder with its corrupted test images as in CIFAR-10-C, read and not computed")
     attacks: dict[str, OneOrMore[float]] = Field({}, description="attack: radii of the L-infinity ball, on pixels in [0, 1]")
     attacked_images: int = Field(100, ge=1, description="number of test images that are attacked, the first ones")
-    attack_steps: int = Field(10, ge=1, description="gradient steps of pgd")
-    attack_queries: int = Field(100, ge=1, description="queries of the square attack")
+    attack_steps: int = Field(10, ge=1, le=100_000, description="gradient steps of pgd")
+    attack_queries: int = Field(100, ge=1, le=1_000_000, description="queries of the square attack")
     faults: dict[str, OneOrMore[float]] = Field({}, description="fault of the stored prompt: levels")
 
 
@@ -181,8 +245,8 @@ class RobustnessConfig(Config):
 class TuneConfig(Config):
     "Search of hyper-parameters: the same number of trials of one sampler for every variant, backbone and protocol."
 
-    trials: int = Field(12, ge=1, description="trials of each variant on each backbone under each protocol")
-    seed: int = Field(0, ge=0, description="seed of the sampler")
+    trials: int = Field(12, ge=1, le=100_000, description="trials of each variant on each backbone under each protocol")
+    seed: Seed = Field(0, description="seed of the sampler")
     space: dict[str, dict[str, Annotated[list[PositiveFloat], Field(min_length=2, max_length=2)]]] = Field(
         {}, description="method: {setting: [lowest, highest value]}, sampled on a logarithmic scale"
     )
@@ -224,7 +288,7 @@ class ExperimentConfig(Config):
         for method, variants in methods.items():
             prompt_class = info.context["method_class"](method)
             if not isinstance(variants or {}, dict):
-                raise ConfigError(f"methods.{method} = {variants!r}: a mapping of variant names to settings is allowed")
+                raise ConfigError(f"methods.{method} = {short(variants)}: a mapping of variant names to settings is allowed")
             found[method] = {
                 str(name): parse_config(prompt_class.config_class, {} if values is None else values, f"methods.{method}.{name}")
                 for name, values in (variants or {prompt_class.label: {}}).items()
@@ -237,11 +301,33 @@ class ExperimentConfig(Config):
 
 
 # %% ../nbs/00_config.ipynb #c30
+class _Loader(yaml.SafeLoader):
+    "PyYAML's safe loader, which refuses a name that stands twice and reads 1e-1 as a number, as DVC does."
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice in one mapping", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
 def read_params(
     path: str | Path = "params.yaml",  # relative to the project, or absolute
 ) -> dict:  # group -> values, unchecked
     "Read a params file; raises `ConfigError` when it is missing or is not YAML."
     try:
-        return yaml.safe_load((project_root() / path).read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: {str(error).splitlines()[0]}") from None
+        return yaml.load((project_root() / path).read_text(encoding="utf-8"), _Loader) or {}
+    except yaml.MarkedYAMLError as error:
+        raise ConfigError(f"{path}, line {error.problem_mark.line + 1}: {error.problem}") from None
+    except yaml.reader.ReaderError as error:
+        raise ConfigError(f"{path}: character {error.position} is not allowed in YAML: {error.reason}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8; a file in UTF-8 is allowed") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from None

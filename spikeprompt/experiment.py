@@ -10,26 +10,31 @@ __all__ = [
     "tuned_values",
     "stage_record",
     "dataset_checksum",
+    "check_tuned",
     "check_classes",
     "check_experiment",
     "write_stages",
 ]
 
 # %% ../nbs/94_experiment.ipynb #c02
-import json
 import sys
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from .backbones.loader import Backbone, create_backbone, fingerprint
 from .config import ConfigError, ExperimentConfig, project_root, read_params
-from .datasets import ImageDataset, read_dataset, split, test_images
+from .datasets.base import ImageDataset
+from .datasets.readers import read_dataset
+from .datasets.splits import split, test_images, test_indices
 from .engine import code_checksum
+from .files import write_json
 from .prompts.base import create_prompt, method_class
 from .robustness.attacks import attack_conditions
-from .robustness.corruptions import conditions
+from .robustness.corruptions import conditions, read_corrupted
 from .robustness.faults import fault_conditions
 from .stages import parse_experiment, read_tuned
 
@@ -112,13 +117,25 @@ def dataset_checksum(
 
 
 # %% ../nbs/94_experiment.ipynb #c09
+def check_tuned(
+    config: ExperimentConfig,  # with the tables' values filled in
+):
+    "Check that a variant which an earlier search tuned has values for every protocol and backbone; raises `ConfigError`."
+    values = config.tuned.values
+    tuned = {variant for backbones in values.values() for found in backbones.values() for variant in found}
+    wanted = {config.tuned.like.get(variant, variant) for variants in config.methods.values() for variant in variants}
+    for mapping, name, variant in product(config.train.mappings, config.backbones.names, sorted(wanted & tuned)):
+        if variant not in values.get(mapping, {}).get(name, {}):
+            raise ConfigError(f"tuned.folder = {config.tuned.folder!r}: its search has no values of {variant!r} for {mapping} on {name}")
+
+
 def check_classes(
     config: ExperimentConfig,
     backbones: list[Backbone],
     labels: dict[str, int],  # dataset -> number of its labels
 ):
     "Check that label mapping has a class for each label; raises `ConfigError`."
-    for backbone in backbones if "label" in config.train.mappings else []:
+    for backbone in backbones if set(config.train.mappings) - {"linear"} else []:
         classes = 0 if backbone.classifier is None else backbone.classifier.out_features
         for name, number in labels.items():
             if number > classes:
@@ -136,14 +153,23 @@ def check_experiment(
         raise ConfigError(f"methods = {list(config.methods)}: no_prompt must be one of them, every table refers to it")
     for check in conditions, attack_conditions, fault_conditions:
         check(config.robustness)
+    for name in config.robustness.files:
+        if name not in config.datasets:
+            raise ConfigError(f"robustness.files.{name} is of no dataset; allowed are {', '.join(config.datasets)}")
     config = config.model_copy(update={"tuned": config.tuned.model_copy(update={"values": read_tuned(config)})})
-    backbones = [create_backbone(name, config.backbones.weights, config.backbones.img_size) for name in config.backbones.names]
+    backbones = [create_backbone(name, **config.backbones.arguments(name)) for name in config.backbones.names]
     check_variants(config, backbones)
+    check_tuned(config)
     data, labels = {}, {}
     for name, settings in config.datasets.items():
         dataset = read_dataset(name, settings)
-        split(dataset, settings, config.train.seeds[0], name), test_images(dataset, settings, name)
+        split(dataset, settings, config.train.seeds[0], name)
         data[name], labels[name] = dataset_checksum(dataset), len(dataset.class_names)
+        indices = test_indices(dataset, settings, name)
+        for corruption in config.robustness.corruptions if name in config.robustness.files else []:
+            folder, (clean, answers) = project_root() / config.robustness.files[name], test_images(dataset, settings, name)
+            found = [read_corrupted(folder, corruption, level, indices, clean, answers) for level in config.robustness.severities]
+            data[f"{name} {corruption}"] = sha256(torch.stack(found).numpy()).hexdigest()
     check_classes(config, backbones, labels)
     weights = {backbone.name: fingerprint(backbone, classifier=True) for backbone in backbones}
     records = {"prepare": stage_record(config, "prepare", data=data), "report": stage_record(config, "report")}
@@ -165,4 +191,4 @@ def write_stages(
         if path.stem not in records:
             path.unlink()
     for name, record in records.items():
-        (folder / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+        write_json(folder / f"{name}.json", record)

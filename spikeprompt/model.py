@@ -17,14 +17,11 @@ __all__ = [
 ]
 
 # %% ../nbs/60_model.ipynb #c02
-import json
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
@@ -32,9 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 
 from . import __version__
-from .backbones.loader import Backbone, Freeze, create_backbone, fingerprint
+from .backbones.loader import Backbone, Freeze, fingerprint, recorded_backbone
 from .backbones.pocket import pocket_names
 from .config import Config, parse_config
+from .files import DamagedFile, check_file, read_json, replacing, sha256_of, write_json
 from .prompts.base import Prompt, create_prompt, method_class, num_parameters
 from .prompts.tokens import TokenPrompt, attach_prefix
 
@@ -87,17 +85,13 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 def read_adapter(
     folder: str | Path,  # written by `PromptedModel.save_pretrained`
 ) -> tuple[dict, dict[str, Tensor]]:  # adapter_config.json; tensors of prompt and head
-    "Read the two files of an adapter; raises `ValueError` with one line that names the file."
-    path = Path(folder) / CONFIG_NAME
-    try:
-        record = json.loads(path.read_text())
-        missing = [key for key in ("method", "config", "backbone", "num_classes") if key not in record]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        path = Path(folder) / WEIGHTS_NAME
-        return record, load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())[:200]}; an adapter is a folder that `save_pretrained` wrote") from None
+    "Read the two files of an adapter; raises `DamagedFile`."
+    mend = "an adapter is a folder that `save_pretrained` wrote; copy or train it anew"
+    record, weights = read_json(Path(folder) / CONFIG_NAME, mend), Path(folder) / WEIGHTS_NAME
+    if not weights.is_file():
+        raise DamagedFile(f"{weights} is missing; {mend}")
+    check_file(weights, record["weights_sha256"], mend)
+    return record, load_file(weights)
 
 
 # %% ../nbs/60_model.ipynb #c11
@@ -232,15 +226,13 @@ class PromptedModel(nn.Module):
                 "mean": backbone.mean.flatten().tolist(),
                 "std": backbone.std.flatten().tolist(),
                 "num_features": backbone.num_features,
+                "options": backbone.options,
             },
             "num_classes": self.head.linear.out_features,
         }
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as unfinished:
-            save_file(self.adapter_state(), Path(unfinished) / WEIGHTS_NAME)
-            (Path(unfinished) / CONFIG_NAME).write_text(json.dumps(record, indent=2) + "\n")
-            for name in WEIGHTS_NAME, CONFIG_NAME:
-                (Path(unfinished) / name).replace(folder / name)
+        with replacing(folder / WEIGHTS_NAME) as unfinished:
+            save_file(self.adapter_state(), unfinished)
+        write_json(folder / CONFIG_NAME, {**record, "weights_sha256": sha256_of(folder / WEIGHTS_NAME)})
 
     @classmethod
     def from_pretrained(
@@ -255,9 +247,10 @@ class PromptedModel(nn.Module):
         if backbone is None:
             if known["name"] not in pocket_names:
                 raise ValueError(
-                    f"{folder}: its backbone is {known['name']}, which is not packaged: pass the model, e.g. timm.create_model"
+                    f"{folder}: its backbone is {known['name']}, which is not packaged: pass the model, e.g. timm.create_model or, from a "
+                    "folder of weights, backbones.loader.recorded_backbone(read_adapter(folder)[0]['backbone'], weights)"
                 )
-            backbone = create_backbone(known["name"])
+            backbone = recorded_backbone(known)
         if not isinstance(backbone, Backbone):
             described = {} if hasattr(backbone, "pretrained_cfg") else {"name": known["name"]}
             backbone = Backbone(backbone, tuple(known["mean"]), tuple(known["std"]), known["num_features"], size, **described)
@@ -326,7 +319,8 @@ def merge(
     "A timm model that holds head and static prompt; raises `ValueError`."
     backbone, prompt, training = model.backbone, model.prompt, model.training
     name, deep = prompt.label, isinstance(prompt, TokenPrompt) and prompt.padding is None and prompt.config.depth == "deep"
-    pattern, unprompted = prompt.pattern(), type(prompt).pixels is Prompt.pixels and not isinstance(prompt, TokenPrompt)
+    pattern = prompt.pattern()
+    unprompted = pattern is None and type(prompt).pixels is Prompt.pixels and not isinstance(prompt, TokenPrompt)
     instead = "; `save_pretrained` keeps it as an adapter, torch.export as a graph"
     model._check_loaded()
     if not backbone.is_timm:

@@ -20,7 +20,6 @@ __all__ = [
 
 # %% ../nbs/61_stages.ipynb #c02
 import importlib
-import json
 import sys
 from itertools import product
 from pathlib import Path
@@ -28,6 +27,7 @@ from pathlib import Path
 import pandas as pd
 
 from .config import Config, ConfigError, ExperimentConfig, parse_config, project_root
+from .files import read_json, write_json
 from .prompts.base import method_class
 
 
@@ -61,11 +61,8 @@ def parse_experiment(
 def read_stage(
     path: str | Path,  # written by `write_stages`, relative to the project
 ) -> ExperimentConfig:  # groups that the stage does not read have their defaults
-    "The configuration of one stage; raises `ConfigError`."
-    try:
-        return parse_experiment(json.loads((project_root() / path).read_text())["config"])
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; the first stage writes it: `dvc repro check`") from None
+    "The configuration of one stage; raises `ConfigError` or `DamagedFile`."
+    return parse_experiment(read_json(project_root() / path, "the first stage writes it: `dvc repro check`")["config"])
 
 
 # %% ../nbs/61_stages.ipynb #c11
@@ -103,16 +100,14 @@ def write_run(
 ):
     "Keep what was measured in training."
     columns = {name: [None if pd.isna(value) else value for value in column] for name, column in history.to_dict("list").items()}
-    unfinished = Path(folder) / f"{TRAINING}.new"
-    unfinished.write_text(json.dumps({"record": record, "history": columns}, indent=1) + "\n")
-    unfinished.replace(unfinished.with_name(TRAINING))
+    write_json(Path(folder) / TRAINING, {"record": record, "history": columns})
 
 
 def read_run(
     folder: str | Path,  # of a finished run
 ) -> tuple[dict, pd.DataFrame]:  # record, history
-    "Read what was measured in training."
-    found = json.loads((Path(folder) / TRAINING).read_text())
+    "Read what was measured in training; raises `DamagedFile`."
+    found = read_json(Path(folder) / TRAINING, "remove its folder, and `dvc repro` trains the run anew")
     history = pd.DataFrame(found["history"])
     return found["record"], history.astype({name: float for name in history if history[name].isna().any()})
 
@@ -129,7 +124,7 @@ def read_tuned(
         return {}
     paths = sorted((project_root() / config.tuned.folder).glob("*.csv"))
     if not paths:
-        raise ConfigError(f"tuned.folder = {config.tuned.folder!r}: no table of a search is there; experiments/tuning writes them")
+        raise ConfigError(f"tuned.folder = {config.tuned.folder!r}: no table of a search is there; the experiment of that name writes them")
     values = {}
     for table in map(pd.read_csv, paths):
         settings = [name for name in table.columns if name not in (*COORDINATES, "trial", "val_accuracy")]

@@ -28,12 +28,20 @@ def shrink(
     config: ExperimentConfig,
 ) -> ExperimentConfig:
     "One backbone, one dataset, few images, one seed and one epoch."
-    name, data = next(iter(config.datasets.items()))
+    backbone, (name, data) = config.backbones.names[0], next(iter(config.datasets.items()))
+    options = {key: own for key, own in config.backbones.options.items() if key == backbone}
     few = {key: min(number, getattr(data, key)) for key, number in FEW.items()}
-    robustness = {"severities": config.robustness.severities[:1], "attacked_images": 8, "attack_steps": 2, "attack_queries": 4}
+    files = {key: folder for key, folder in config.robustness.files.items() if key == name}
+    robustness = {
+        "files": files,
+        "severities": config.robustness.severities[:1],
+        "attacked_images": 8,
+        "attack_steps": 2,
+        "attack_queries": 4,
+    }
     return config.model_copy(
         update={
-            "backbones": config.backbones.model_copy(update={"names": config.backbones.names[:1]}),
+            "backbones": config.backbones.model_copy(update={"names": [backbone], "options": options}),
             "datasets": {name: data.model_copy(update=few)},
             "train": config.train.model_copy(update={"seeds": config.train.seeds[:1], "epochs": 1}),
             "robustness": config.robustness.model_copy(update=robustness),

@@ -6,7 +6,9 @@ from torch import nn
 
 from spikeprompt.backbones.loader import create_backbone
 from spikeprompt.config import ConfigError, DatasetConfig, RobustnessConfig
-from spikeprompt.datasets import read_dataset, split, to_size
+from spikeprompt.datasets.image_files import to_size
+from spikeprompt.datasets.readers import read_dataset
+from spikeprompt.datasets.splits import split
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import method_class
 from spikeprompt.robustness.attacks import ATTACKS, attack, attack_conditions, square_masks, square_side

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from spikeprompt.adapt import read_image, read_image_folder
 from spikeprompt.cli import app
-from spikeprompt.image_dataset import DataError
+from spikeprompt.datasets.base import DataError
+from spikeprompt.datasets.image_files import read_image, read_image_folder
+from spikeprompt.files import read_json, write_json
 from spikeprompt.model import PromptedModel
 
 RUN = ["--epochs", "1", "--backbone", "pocket_resnet"]
@@ -178,7 +179,7 @@ def test_a_faulty_folder_is_one_line_and_nothing_is_written(kind, said, tmp_path
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--backbone", "pocket_resnt"], "any timm name; did you mean pocket_resnet"),
+        (["--backbone", "pocket_resnt"], "torchvision_<name>; did you mean pocket_resnet"),
         (["--method", "lorps"], "imported module registers; did you mean lorsp"),
         (["--set", "rank=zero"], "lorsp.rank = 'zero': input should be a valid integer"),
         (["--set", "rnak=2"], "lorsp.rnak is not a setting"),
@@ -211,8 +212,8 @@ def test_a_damaged_adapter_and_a_wrong_file_name_are_refused(folder, adapter, tm
     weights.write_bytes(weights.read_bytes()[:-100])
     image = folder / "red/2.png"
     assert "adapter_model.safetensors" in refused("predict", copy, image)
-    record = json.loads((adapter[0] / "adapter_config.json").read_text())
-    (copy / "adapter_config.json").write_text(json.dumps(record | {"backbone": record["backbone"] | {"fingerprint": "0" * 64}}))
+    record = read_json(adapter[0] / "adapter_config.json", "")
+    write_json(copy / "adapter_config.json", record | {"backbone": record["backbone"] | {"fingerprint": "0" * 64}})
     weights.write_bytes((adapter[0] / weights.name).read_bytes())
     assert "trained on pocket_resnet with fingerprint 000000000000" in refused("predict", copy, image)
     assert "the file is to end in .pt2 or .onnx" in refused("export", adapter[0], tmp_path / "model.pt")
@@ -222,7 +223,7 @@ def test_a_damaged_adapter_and_a_wrong_file_name_are_refused(folder, adapter, tm
 
 
 def test_files_are_fetched_and_made_by_name(tmp_path):
-    assert "any timm name; did you mean resnet18" in refused("download", "resnet81")
+    assert "torchvision_<name>; did you mean resnet18" in refused("download", "resnet81")
     assert "train-images-idx3-ubyte.gz is missing" in refused("pack-data", tmp_path)
 
 

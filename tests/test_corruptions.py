@@ -10,9 +10,10 @@ from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from spikeprompt.config import ConfigError, DatasetConfig, RobustnessConfig
-from spikeprompt.datasets import read_dataset
+from spikeprompt.datasets.base import DataError
+from spikeprompt.datasets.readers import read_dataset
 from spikeprompt.robustness import corruptions
-from spikeprompt.robustness.corruptions import CORRUPTIONS, FAMILIES, TABLES, conditions, corrupt, image_generator
+from spikeprompt.robustness.corruptions import CORRUPTIONS, FAMILIES, TABLES, conditions, corrupt, image_generator, read_corrupted
 
 PHOTOS = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
 EVERY = pytest.mark.parametrize("name", CORRUPTIONS)
@@ -298,3 +299,42 @@ def test_moments_as_the_package(name, mean, deviation, tiles):
         changes = torch.stack([theirs(name, image, severity) for image in tiles]) - tiles
         assert (ours.mean() - changes.mean()).abs() <= mean
         assert (ours.std() / changes.std() - 1).abs() <= deviation
+
+
+CLEAN = torch.zeros(3, 3, 8, 8, dtype=torch.uint8)
+
+
+@pytest.fixture
+def corrupted(tmp_path):
+    "CIFAR-10-C's layout in small: ten test images, whose pixels tell severity and number."
+    images = np.zeros((50, 8, 8, 3), np.uint8)
+    images[..., 0], images[..., 1] = np.repeat(np.arange(1, 6), 10)[:, None, None], np.tile(np.arange(10), 5)[:, None, None]
+    labels = np.tile(np.arange(10) % 3, 5)
+    np.save(tmp_path / "fog.npy", images), np.save(tmp_path / "labels.npy", labels)
+    return tmp_path, labels
+
+
+def test_corrupted_images_of_others_are_read(corrupted):
+    folder, labels = corrupted
+    indices = np.array([7, 0, 3])
+    found = read_corrupted(folder, "fog", 4, indices, CLEAN, torch.from_numpy(labels[indices]))
+    assert found.shape == (3, 3, 8, 8) and found[:, :2, 0, 0].tolist() == [[4, 7], [4, 0], [4, 3]]
+
+
+def test_unfit_corrupted_images_are_named(corrupted):
+    folder, labels = corrupted
+    indices = np.arange(3)
+    own = torch.from_numpy(labels[indices])
+    for name, these, said in (
+        ("snow", own, "snow.npy or its labels.npy cannot be read"),
+        ("fog", own.flip(0), "labels.npy: its labels are not those of the test images"),
+    ):
+        with pytest.raises(DataError, match=said):
+            read_corrupted(folder, name, 1, indices, CLEAN, these)
+    with pytest.raises(DataError, match="its labels are not those"):
+        read_corrupted(folder, "fog", 1, np.array([11]), CLEAN, own[:1])
+    with pytest.raises(DataError, match=r"fog.npy has images of \(8, 8\) pixels, the test images have \(16, 16\)"):
+        read_corrupted(folder, "fog", 1, indices, torch.zeros(3, 3, 16, 16, dtype=torch.uint8), own)
+    np.save(folder / "fog.npy", np.zeros((51, 8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match=r"fog.npy is uint8 \(51, 8, 8, 3\) with 50 labels, needed"):
+        read_corrupted(folder, "fog", 1, indices, CLEAN, own)

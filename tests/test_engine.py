@@ -14,7 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from spikeprompt.engine import PlainEngine, code_checksum, import_closure, normalise_notebook, shrink_png
+from spikeprompt.engine import INPUTS, X86, PlainEngine, code_checksum, import_closure, normalise_notebook, shrink_png
 
 
 def png(image, **metadata):
@@ -278,6 +278,20 @@ def test_a_source_that_is_not_found_is_refused(project):
 
 def test_closures_of_this_package_keep_to_the_reading_order():
     assert import_closure("spikeprompt.config") == ["spikeprompt.config"]
-    modules = ["spikeprompt.config", "spikeprompt.datasets", "spikeprompt.image_dataset", "spikeprompt.sprites"]
-    assert import_closure("spikeprompt.datasets") == modules
-    assert "spikeprompt.config" in import_closure(Path("nbs/04_datasets.ipynb"))
+    modules = [f"spikeprompt.{name}" for name in ("config", "datasets.base", "datasets.splits")]
+    assert import_closure("spikeprompt.datasets.splits") == modules
+    assert "spikeprompt.config" in import_closure(Path("nbs/datasets/04_splits.ipynb"))
+
+
+def test_kernels_get_the_threads_and_the_instruction_set_that_decide_over_the_last_digits(tmp_path, monkeypatch):
+    for variable in (*INPUTS, *X86):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MKL_CBWR", "COMPATIBLE")  # one's own choice stays
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    code = f"import os\n{{name: os.environ.get(name) for name in {[*INPUTS, *X86]}}}"
+    notebook = new_notebook(cells=[new_code_cell(code)])
+    notebook.metadata.papermill = {}
+    for cell in notebook.cells:
+        cell.metadata.papermill = {}
+    done = PlainEngine.execute_notebook(notebook, "python3")
+    assert eval(done.cells[0].outputs[0].data["text/plain"]) == INPUTS | X86 | {"MKL_CBWR": "COMPATIBLE"}

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import timm
 
 from spikeprompt.backbones.loader import Backbone
-from spikeprompt.config import ConfigError, project_root, read_params
+from spikeprompt.config import ConfigError, DatasetConfig, project_root, read_params
+from spikeprompt.datasets.base import DataError
+from spikeprompt.datasets.readers import read_dataset
 from spikeprompt.experiment import NOTEBOOKS, check_classes, check_experiment, stage_record, write_stages
 from spikeprompt.stages import parse_experiment, read_stage, run_settings
 
@@ -47,7 +50,7 @@ def changed(path, value):
         ("robustness/faults", {"flip": [0.1]}, "robustness.faults.flip: allowed are"),
         ("train/epochs", "six", "train.epochs = 'six': input should be a valid integer"),
         ("train/seeds", [], "train.seeds = []: "),
-        ("train/mappings", ["labels"], "train.mappings.0 = 'labels': input should be 'label' or 'linear'"),
+        ("train/mappings", ["labels"], "train.mappings.0 = 'labels': input should be 'label', 'label_once', 'label_random' or 'linear'"),
         ("tuned/folder", "runs/no/such", "tuned.folder = 'runs/no/such': no table of a search is there"),
         ("tune/space", {"lorsp": {"lr": [0.1]}}, "tune.space.lorsp.lr = [0.1]: list should have at least 2 items"),
         ("datasets/fashion_mnist/n_train", 10**6, "datasets.fashion_mnist.n_train + n_val = 1000100: allowed are at most"),
@@ -95,13 +98,13 @@ def test_one_methods_value_is_that_methods_affair(monkeypatch):
 
 EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", '"Config of LoRSP."', '"The config of LoRSP, explained anew."', set()),
-    ("methods/lorsp.py", "HOMEOSTASIS = 0.1", "HOMEOSTASIS = 0.2", {"train-lorsp", "evaluate"}),
-    ("training/loop.py", "# a bar in a terminal", "# a progress bar in a terminal", set()),
+    ("methods/lorsp.py", "HOMEOSTASIS = 0.2", "HOMEOSTASIS = 0.3", {"train-lorsp", "evaluate"}),
+    ("training/loop.py", "# in a terminal, not in a notebook", "# a progress bar in a terminal", set()),
     ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt"}),
     ("training/search.py", 'direction="maximize"', 'direction="minimize"', set()),
     ("evaluation/energy.py", '"fp32_mul": 3.7', '"fp32_mul": 3.8', {"evaluate"}),
     ("robustness/corruptions.py", "0.299", "0.3", {"evaluate", "prepare"}),
-    ("plots.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
+    ("plots/style.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
 ]
 CODE = """
 import json, sys
@@ -152,7 +155,7 @@ def test_a_module_of_ones_own_brings_a_method_and_a_dataset(tmp_path, monkeypatc
     (tmp_path / "my_extension.py").write_text("""
 import numpy as np
 from spikeprompt.config import Config
-from spikeprompt.datasets import ImageDataset, register_dataset
+from spikeprompt.datasets.base import ImageDataset, register_dataset
 from spikeprompt.prompts.base import Prompt, PromptConfig, register_method
 
 class MineConfig(PromptConfig):
@@ -169,7 +172,7 @@ def read_stripes(folder):
     return ImageDataset(x, np.arange(60) % 2, x, np.arange(60) % 2, ["a", "b"])
 """)
     monkeypatch.syspath_prepend(tmp_path)
-    from spikeprompt.datasets import READERS
+    from spikeprompt.datasets.base import READERS
     from spikeprompt.prompts.base import METHODS
 
     params = read_params() | {
@@ -193,8 +196,13 @@ def read_stripes(folder):
 def test_tuned_values_take_the_place_of_a_variants_own(tmp_path):
     header = "mapping,backbone,variant,trial,lr,val_accuracy\n"
     rows = ["label,pocket_vit,LoRSP,0,0.2,0.5", "label,pocket_vit,LoRSP,1,0.3,0.7", "label,pocket_vit,LoRSP,2,0.4,0.6"]
-    (tmp_path / "lorsp.csv").write_text(header + "\n".join(rows) + "\n")
     params = read_params() | {"backbones": {"names": ["pocket_vit"]}}
+    for mapping, said in ("label", "for linear on pocket_vit"), ("linear", "for label on pocket_vit"):
+        (tmp_path / "lorsp.csv").write_text(header + "\n".join(row.replace("label", mapping) for row in rows) + "\n")
+        with pytest.raises(ConfigError, match=f"its search has no values of 'LoRSP' {said}"):
+            check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path)}}))
+    rows += ["linear,pocket_vit,LoRSP,0,0.05,0.5"]
+    (tmp_path / "lorsp.csv").write_text(header + "\n".join(rows) + "\n")
     found = {}
     for like in {}, {"LoRSP, static": "LoRSP"}:
         records = check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path), "like": like}}))
@@ -203,7 +211,7 @@ def test_tuned_values_take_the_place_of_a_variants_own(tmp_path):
         run = lambda mapping, variant: run_settings(config, (mapping, "fashion_mnist", "pocket_vit", "lorsp", variant, 0)).lr
         found[len(like)] = [run("label", "LoRSP"), run("linear", "LoRSP"), run("label", "LoRSP, static")]
         assert records["train-lor_vp"]["config"]["tuned"]["values"] == {}  # or the search would make it stale
-    assert found == {0: [0.3, 0.1, 0.1], 1: [0.3, 0.1, 0.3]}
+    assert found == {0: [0.3, 0.05, 0.1], 1: [0.3, 0.05, 0.3]}
     with pytest.raises(ConfigError, match="tuned.like.LoRSP = 'LoRPS': allowed are the tuned variants, LoRSP"):
         check_experiment(parse_experiment(params | {"tuned": {"folder": str(tmp_path), "like": {"LoRSP": "LoRPS"}}}))
 
@@ -221,3 +229,21 @@ def test_label_mapping_is_refused_where_the_backbone_has_too_few_classes(classes
 def test_every_notebook_of_the_pipeline_belongs_to_a_stage():
     named = [name for listed in NOTEBOOKS.values() for name in listed]
     assert sorted(named) == sorted(path.stem for path in (project_root() / "nbs/pipeline").glob("*.ipynb"))
+
+
+def test_corrupted_images_of_others_are_part_of_what_prepare_depends_on(tmp_path):
+    dataset = read_dataset("sprites_position", DatasetConfig())
+    images = np.zeros((5 * len(dataset.y_test), 32, 32, 3), np.uint8)
+    np.save(tmp_path / "fog.npy", images), np.save(tmp_path / "labels.npy", np.tile(dataset.y_test, 5))
+    few = {"backbones": {"names": ["pocket_resnet"]}, "methods": {"no_prompt": None}}
+    few |= {"datasets": {"sprites_position": {"n_train": 100, "n_val": 50, "n_test": 50}}}
+    noise = {"sigmas": [], "corruptions": ["fog"], "severities": [1, 3]}
+    check = lambda **files: check_experiment(parse_experiment(few | {"robustness": noise | {"files": files}}))["prepare"]["data"]
+    own, read = check(), check(sprites_position=str(tmp_path))
+    assert list(own) == ["sprites_position"] and list(read) == ["sprites_position", "sprites_position fog"]
+    np.save(tmp_path / "fog.npy", images + 1)
+    assert check(sprites_position=str(tmp_path))["sprites_position fog"] != read["sprites_position fog"]
+    with pytest.raises(ConfigError, match="robustness.files.cifar10 is of no dataset; allowed are sprites_position"):
+        check(cifar10=str(tmp_path))
+    with pytest.raises(DataError, match="fog.npy or its labels.npy cannot be read"):
+        check(sprites_position=str(tmp_path / "nowhere"))

@@ -11,7 +11,7 @@ import pytest
 from nbdev.config import get_config
 
 from spikeprompt.config import project_root
-from spikeprompt.datasets import READERS
+from spikeprompt.datasets.readers import READERS  # importing it registers the packaged ones
 from spikeprompt.prompts.base import METHODS, packaged_methods
 
 ROOT = project_root()
@@ -46,25 +46,23 @@ def test_a_stage_has_one_parameters_cell(path):
 
 @pytest.fixture
 def checkout(tmp_path):
-    "A copy of what the command reads, with the first notebooks: values, figures, and cells that are not executed."
+    "A copy of what the command reads, with four notebooks."
     for name in (
         "nbs/00_config.ipynb",
-        "nbs/01_engine.ipynb",
-        "nbs/02_image_dataset.ipynb",
-        "nbs/03_sprites.ipynb",
-        "nbs/04_datasets.ipynb",
+        "nbs/01_files.ipynb",
+        "nbs/02_engine.ipynb",
+        "nbs/datasets/03_base.ipynb",
         "pyproject.toml",
         "README.md",
         "data.dvc",
         "params.yaml",
     ):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
-    for name in ("tools", "data"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    (tmp_path / "spikeprompt").mkdir()
-    for name in ("config", "engine", "image_dataset", "sprites", "datasets"):
-        shutil.copy(ROOT / f"spikeprompt/{name}.py", tmp_path / "spikeprompt")
+    shutil.copytree(ROOT / "tools", tmp_path / "tools")
+    (tmp_path / "spikeprompt/datasets").mkdir(parents=True)
+    for name in ("config", "files", "engine", "datasets/__init__", "datasets/base"):
+        shutil.copy(ROOT / f"spikeprompt/{name}.py", tmp_path / f"spikeprompt/{name}.py")
     (tmp_path / "spikeprompt/__init__.py").write_text('__version__ = "0"\n')
     return tmp_path
 
@@ -132,12 +130,14 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_the_package(checkout, so
 
 @pytest.mark.slow
 def test_executing_twice_changes_nothing(checkout):
-    path = checkout / "nbs/04_datasets.ipynb"
+    path = checkout / "nbs/datasets/03_base.ipynb"
     nb = nbformat.read(path, 4)
     source = """import os, sys, warnings
+import matplotlib.pyplot as plt
 print(1, flush=True)
 print(os.getpid(), file=sys.stderr)
 warnings.warn("a warning")
+plt.plot([1, 2])
 print(2), object()"""
     nb.cells.append(nbformat.v4.new_code_cell(source, id="noise"))
     nb.cells.append(nbformat.v4.new_code_cell("#| slow\n1 / 0", id="skipped", outputs=[nbformat.v4.new_output("stream", text="stored")]))
@@ -145,8 +145,8 @@ print(2), object()"""
     assert tidy(checkout).returncode == 0
     once = contents(checkout)
     noise, skipped = nbformat.read(path, 4).cells[-2:]
-    assert [output.output_type for output in noise.outputs] == ["stream", "execute_result"] and skipped.outputs[0].text == "stored"
-    assert any("image/png" in output.get("data", {}) for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", []))
+    assert [output.output_type for output in noise.outputs] == ["stream", "execute_result", "display_data"]
+    assert "image/png" in noise.outputs[-1].data and skipped.outputs[0].text == "stored"
     assert tidy(checkout).returncode == 0
     assert contents(checkout) == once
 

@@ -13,6 +13,7 @@ from spikeprompt.backbones.pocket import packaged_weights, pocket_names
 from spikeprompt.config import project_root, read_params
 from spikeprompt.evaluation.scores import accuracy_table, per_run, read_scores
 from spikeprompt.evaluation.statistics import compare, pairs, questions, sentence
+from spikeprompt.plots.results import readable
 from spikeprompt.prompts.base import method_class
 from spikeprompt.stages import RUN, all_runs, parse_experiment
 
@@ -62,22 +63,61 @@ def test_committed_verdicts_are_those_of_the_committed_scores():
         assert json.dumps(sentence(rows))[1:-1] in report
 
 
-def test_the_finding_in_the_readme_is_that_of_the_committed_scores():
-    finding = re.search(r"\*\*What was found so far\.\*\*.*", (ROOT / "README.md").read_text())[0]
+@pytest.fixture(scope="module")
+def finding():
+    return (ROOT / "README.md").read_text().partition("**What was found so far")[2].partition("![")[0]
+
+
+def test_the_table_of_the_readme_is_that_of_the_committed_scores(finding):
     runs = per_run(read_scores(list(parse_experiment(read_params()).methods), ROOT / "results/scores"))
-    runs = runs[(runs.mapping == "label") & (runs.dataset == "fashion_mnist")]
-    table, tokens = accuracy_table(runs), ["pocket_vit", "pocket_swin"]
-    pixels, none = table["mean"].xs("pixels"), table["mean"]["none", "no prompt"]
-    on_tokens, zero = table["mean"].xs("tokens"), table["no prompt"]["tokens", "Spike-NVPT"]
-    named = [none, pixels["LoRSP"], pixels["LoR-VP"], zero, on_tokens["Spike-NVPT"], on_tokens["VPT-deep"]]
-    named += [pixels["LoRSP, untrained"], on_tokens["random bits"], pixels["magnitude mask"], on_tokens["straight-through"]]
-    assert re.findall(r"(\d+\.\d) %", finding) == named
-    assert set(runs[runs.placement == "tokens"].backbone) == set(tokens)
-    verdicts = pd.read_csv(ROOT / "results/verdicts.csv").query("mapping == 'label' and dataset == 'fashion_mnist'")
-    of = verdicts[verdicts.images == "corrupted"].set_index(["variant", "reference"]).verdict
-    for pair in ("LoRSP", "LoR-VP"), ("Spike-NVPT", "VPT-deep"):
-        assert set(of.loc[[pair]]) == {"not significant"}
-    assert "equivalent" not in set(verdicts.verdict)
+    asked = [
+        (kind, name, "mean") for kind, name in [("none", "no prompt"), *[("pixels", f) for f in ("LoRSP", "LoR-VP", "VP, all pixels")]]
+    ]
+    asked += [("tokens", "Spike-NVPT", "no prompt"), ("tokens", "Spike-NVPT", "mean"), ("tokens", "VPT-deep", "mean")]
+    rows = []
+    for (mapping, dataset), part in runs.groupby(["mapping", "dataset"], sort=False):
+        clean, noisy = (accuracy_table(part, images) for images in ("clean", "corrupted"))
+        cells = [f"{clean[column][kind, name]} / {noisy[column][kind, name]}" for kind, name, column in asked]
+        rows.append(f"| {readable(mapping)}, {readable(dataset)} | {' | '.join(cells)} |")
+    assert re.findall(r"^\| l.*$", finding, re.M) == rows
+
+
+def test_the_sentences_of_the_readme_are_those_of_the_committed_scores(finding):
+    scores = read_scores([*parse_experiment(read_params()).methods, "raw_pixels"], ROOT / "results/scores")
+    runs = per_run(scores[scores.method != "raw_pixels"])
+    first = accuracy_table(runs[(runs.mapping == "label") & (runs.dataset == "fashion_mnist")])["mean"]
+    named = [first["pixels", "LoRSP, untrained"], first["tokens", "random bits"], first["pixels", "magnitude mask"]]
+    named += [first["tokens", "straight-through"]]
+    raw = scores[(scores.method == "raw_pixels") & (scores.dataset == "fashion_mnist") & (scores.kind == "clean")].accuracy.mean()
+    assert re.findall(r"(\d+\.\d) %", finding) == [*map(str, named), f"{100 * raw:.1f}"]
+
+    verdicts = pd.read_csv(ROOT / "results/verdicts.csv")
+    here = (verdicts.mapping == "label") & (verdicts.dataset == "fashion_mnist")
+    both = (
+        verdicts[here & (verdicts.images == "clean")]
+        .set_index(["variant", "placement", "reference"])
+        .loc[[("magnitude mask", "pixels", "LoRSP"), ("straight-through", "tokens", "Spike-NVPT")]]
+    )
+    assert set(both.verdict) == {"not significant"} and list(both.mdd.round()) == [9, 35]
+    controls = verdicts[verdicts.variant.isin(["magnitude mask", "straight-through"]) & verdicts.reference.isin(["LoRSP", "Spike-NVPT"])]
+    assert len(controls) == 4 * 2 * 3 and "significantly worse" not in set(controls.verdict)
+    elsewhere = verdicts[~here & (verdicts.reference == "no prompt") & (verdicts.images == "clean") & (verdicts.placement != "weights")]
+    assert "significantly better" not in set(elsewhere.verdict) and "equivalent" not in set(verdicts.verdict)
+    count = lambda variant, reference: verdicts[(verdicts.variant == variant) & (verdicts.reference == reference)].verdict.value_counts()
+    assert count("LoRSP", "LoR-VP").to_dict() == {"not significant": 7, "significantly worse": 1}
+    assert count("LoRSP", "VP, all pixels").to_dict() == {"not significant": 4, "significantly worse": 4}
+    assert set(count("Spike-NVPT", "VPT-deep").index) == {"not significant", "no headroom"}
+
+
+def test_what_the_readme_says_of_the_experiment_is_what_it_found(finding):
+    folder = ROOT / "experiments/spike_nvpt"
+    verdicts = pd.read_csv(folder / "results/verdicts.csv").query("images in ['clean', 'corrupted']")
+    settings = verdicts[verdicts.reference == "Spike-NVPT"]
+    assert {"Spike-NVPT, noise each step", "Spike-NVPT, series"} < set(settings.variant)
+    assert "significantly better" not in set(settings.verdict)
+    dense = verdicts[(verdicts.variant == "Spike-NVPT") & (verdicts.reference == "VPT-deep")].set_index("images")
+    assert set(dense.verdict) == {"not significant"}
+    assert f"{-dense.difference.clean:.1f} points behind VPT on clean and {-dense.difference.corrupted:.1f} on noisy images" in finding
 
 
 def test_tracked_files_are_small_and_name_no_lock():
@@ -87,7 +127,7 @@ def test_tracked_files_are_small_and_name_no_lock():
     assert "uv.lock" not in sizes
 
 
-@pytest.mark.parametrize("name", ["lorsp", "spike_nvpt", "robustness"])
+@pytest.mark.parametrize("name", ["lorsp", "spike_nvpt", "robustness", "imagenet", "imagenet_large"])
 def test_an_experiment_has_the_stages_of_the_root(name):
     stages = [yaml.safe_load((folder / "dvc.yaml").read_text())["stages"] for folder in (ROOT, ROOT / "experiments" / name)]
     assert stages[0] == stages[1]
@@ -95,6 +135,15 @@ def test_an_experiment_has_the_stages_of_the_root(name):
     variants = {variant for listed in params["methods"].values() for variant in listed or []}
     tuned = params.get("tuned", {}).get("like", {})
     assert {*tuned, *tuned.values()} <= variants
+
+
+def test_learning_rates_are_tuned_on_the_backbones_and_variants_that_take_them():
+    for name in ("robustness", "tuning"), ("imagenet", "imagenet_tuning"):
+        taking, tuning = (read_params(ROOT / f"experiments/{part}/params.yaml") for part in name)
+        assert taking["tuned"]["folder"] == f"experiments/{name[1]}/results" and taking["backbones"] == tuning["backbones"]
+        for method, variants in tuning["methods"].items():
+            for variant, settings in (variants or {}).items():
+                assert taking["methods"][method][variant] == settings, (name, variant)
 
 
 def test_no_stage_lists_a_module_and_the_run_cache_is_on():

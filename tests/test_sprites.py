@@ -8,9 +8,10 @@ from scipy import ndimage, stats
 from sklearn.linear_model import LogisticRegression
 
 from spikeprompt.config import ConfigError, DatasetConfig
-from spikeprompt.datasets import read_dataset, split
-from spikeprompt.datasets import test_images as images_for_testing
-from spikeprompt.sprites import SHAPES, SIDE, Scenes, draw_scenes, orientation_scenes, position_scenes, render
+from spikeprompt.datasets.readers import read_dataset
+from spikeprompt.datasets.splits import split
+from spikeprompt.datasets.splits import test_images as images_for_testing
+from spikeprompt.datasets.sprites import SHAPES, SIDE, Scenes, draw_scenes, orientation_scenes, position_scenes, render
 
 TASKS = {"sprites_orientation": (orientation_scenes, 0), "sprites_position": (position_scenes, 1)}
 CHECKSUMS = {

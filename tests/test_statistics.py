@@ -12,6 +12,8 @@ from spikeprompt.evaluation.scores import per_run, synthetic_scores
 from spikeprompt.evaluation.statistics import (
     MARGIN,
     compare,
+    gain_table,
+    gains,
     headline,
     image_accuracy,
     mcnemar_counts,
@@ -226,23 +228,55 @@ def test_false_claims_on_backbones_chosen_by_headroom(control):
     assert compared > 12 and holds(wrong, 25), f"{wrong} of 25 families"
 
 
-def test_a_headline_gives_what_the_tables_hold_for_each_placement():
+@pytest.fixture(scope="module")
+def gained():
     scores = synthetic_scores({"dense": 5, "spiking": 5, "control": 0}, images=400, padded=2).assign(prompt_parameters=1234)
-    compared = compare(scores, [("spiking", "dense"), ("control", "spiking")])
-    runs, names = per_run(scores), list(scores.backbone.unique())
-    tokens, padding = headline(compared, runs, "spiking", "dense")
-    assert tokens.startswith("**spiking as tokens** (3 backbones, 1,234 prompt parameters)") and padding.startswith(
-        "**spiking as padding** (2 backbones, "
-    )
-    here = runs[runs.backbone.isin(names[:3])].groupby("variant").clean.mean()
-    row = compared[(compared.variant == "spiking") & (compared.placement == "tokens") & (compared.images == "clean")].iloc[0]
-    assert f"reaches {here['spiking']:.1f} % on clean" in tokens and f"{here['dense']:.1f} % on clean" in tokens
+    compared = compare(scores, [("spiking", "dense"), ("control", "spiking"), ("dense", "no prompt")])
+    return compared, per_run(scores), gains(compared, "spiking", "dense")
+
+
+def test_a_gain_is_the_comparison_and_a_gain_over_a_control_the_comparison_turned_round(gained):
+    compared, _, found = gained
+    keys = ["placement", "images"]
+    over_dense, over_control = (found[found.reference == name].set_index(keys) for name in ("dense", "control"))
+    beside_dense = compared[compared.reference == "dense"].set_index(keys)
+    of_control = compared[compared.reference == "spiking"].set_index(keys)
+    assert len(found) == 8 == len(compared) - 4 and set(found.variant) == {"spiking"} and (over_control.low <= over_control.high).all()
+    assert over_dense.difference.to_dict() == beside_dense.difference.to_dict()
     assert (
-        f"Points against dense: {row.difference:+.1f} on clean images ({row.verdict})" in tokens and f"the MDD is {row.mdd:.1f}" in tokens
+        over_control.difference.to_dict() == (-of_control.difference).to_dict()
+        and over_control.low.to_dict() == (-of_control.high).to_dict()
     )
-    assert "Controls against spiking: control -" in tokens and "(significantly worse)" in tokens
-    none = compare(scores[scores.variant != "full fine-tuning"], [("spiking", "dense")])
-    assert "on clean images (no headroom) and " in headline(none, runs, "spiking", "dense")[0]
+    assert over_dense.helps.all() and not over_control.helps.any()  # the dense one was compared with no prompt, and the others were not
+    assert set(of_control.verdict) == {"significantly worse"} and set(over_control.verdict) == {"significantly better"}
+
+
+def test_the_table_of_gains_gives_clean_then_corrupted_and_marks_what_is_significant(gained):
+    compared, _, found = gained
+    table = gain_table(found)
+    assert list(table.index) == [(f"spiking as {kind}", other) for kind in ("padding", "tokens") for other in ("dense", "control")]
+    points = found[(found.name == "spiking as tokens") & (found.reference == "control")].set_index("images").difference
+    assert table.loc[("spiking as tokens", "control"), ("label", "toy")] == f"(**{points.clean:+.1f}**), (**{points.corrupted:+.1f}**)"
+    marked = found.assign(helps=True, verdict=["equivalent", "not significant"] * 4, difference=[0.04, -2.26] * 4)
+    assert set(gain_table(marked).stack(["mapping", "dataset"])) == {"+0.0 =, -2.3"}
+    none = found.assign(helps=[False, True] * 4, verdict=["no headroom", "significantly worse"] * 4, difference=[np.nan, -2.26] * 4)
+    assert set(gain_table(none).stack(["mapping", "dataset"])) == {"n/a, **-2.3**"}
+
+
+def test_a_headline_counts_the_verdicts_of_each_placement(gained):
+    compared, runs, found = gained
+    padding, tokens = headline(found, runs, "dense")
+    rows = compared[(compared.placement == "tokens") & (compared.reference == "dense")]
+    count = rows.verdict.value_counts()
+    assert tokens == (
+        f"**spiking as tokens** against dense (1,234 prompt parameters, 1,234): of 2 comparisons {count.get('significantly better', 0)} "
+        f"significantly better, {count.get('significantly worse', 0)} significantly worse, {count.get('equivalent', 0)} equivalent, "
+        f"{count.get('not significant', 0)} not significant; the MDD is {rows.mdd.min():.1f} to {rows.mdd.max():.1f} points; "
+        "in 0 neither is significantly better than no prompt."
+    )
+    assert padding.startswith("**spiking as padding** against dense") and headline(found, runs, "nothing") == []
+    none = headline(found.assign(verdict="no headroom"), runs, "dense")[0]
+    assert ": of 0 comparisons 0 significantly better, 0 significantly worse, 0 equivalent, 0 not significant; in 0 neither" in none
 
 
 @pytest.mark.parametrize("gain, found, at_least", [(0.0, "equivalent", 45), (2.0, "significantly better", 95)])

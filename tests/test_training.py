@@ -9,11 +9,12 @@ import torch
 
 from spikeprompt.backbones.loader import Backbone, create_backbone, fingerprint
 from spikeprompt.config import BackbonesConfig, ConfigError, DatasetConfig, ExperimentConfig, TrainConfig
-from spikeprompt.datasets import read_dataset, save_dataset
+from spikeprompt.datasets.readers import read_dataset, save_dataset
 from spikeprompt.model import PromptedModel
 from spikeprompt.prompts.base import Prompt, PromptConfig, create_prompt, method_class, packaged_methods
 from spikeprompt.stages import TRAINING, run_folder
 from spikeprompt.training.head import accuracy, fit_head, outputs
+from spikeprompt.training.label_mapping import answer_counts, assign_classes
 from spikeprompt.training.loop import train
 from spikeprompt.training.runs import finish, train_run, training_images, unfinished_folder
 
@@ -25,7 +26,7 @@ DATASET = "sprites_position"
 def prepared(tmp_path_factory):
     "Folder of the sprites' training part."
     folder = tmp_path_factory.mktemp("prepared")
-    save_dataset(read_dataset(DATASET, DatasetConfig()), folder / f"{DATASET}.npz")
+    save_dataset(read_dataset(DATASET, DatasetConfig()), folder / DATASET)
     return folder
 
 
@@ -88,12 +89,12 @@ def test_runs_are_collected_in_a_folder_named_by_what_they_depend_on(prepared, t
     monkeypatch.setattr("spikeprompt.training.runs.project_root", lambda: tmp_path)
     data = tmp_path / "data"
     data.mkdir()
-    (data / "a.npz").write_bytes(b"1")
+    (data / "arrays.json").write_bytes(b"1")
     (tmp_path / "train-vpt.json").write_text("{}")
     where = lambda out="runs/train/vpt": unfinished_folder("train-vpt.json", "data", out)
     first = where()
     assert first == where() and first.parent == tmp_path / "runs/unfinished/vpt"
-    (data / "a.npz").write_bytes(b"2")
+    (data / "arrays.json").write_bytes(b"2")
     second = where()
     (tmp_path / "train-vpt.json").write_text("{ }")
     assert len({first, second, where(), where("runs/another/train/vpt")}) == 4
@@ -147,6 +148,24 @@ class Features(torch.nn.Module):
 
     def forward(self, images):
         return self.model.features(images)
+
+
+@pytest.mark.parametrize("mapping", ["label_once", "label_random"])
+def test_a_fixed_label_mapping_stays(mapping, prepared):
+    config = experiment("vp", "pocket_resnet", settings={"template": "full", "lr": 0.3}, epochs=2)
+    found = []
+    for seed, epochs in (0, 1), (0, 2), (1, 1):
+        backbone, parts = parts_of(config, prepared, "pocket_resnet")
+        prompt = create_prompt(config.methods["vp"]["it"], backbone)
+        answers = outputs(backbone, parts.train[0]) @ backbone.classifier.weight.T + backbone.classifier.bias
+        at_start = assign_classes(answer_counts(answers.argmax(1), parts.train[1], 16, len(backbone.classifier.weight)))
+        training = config.train.model_copy(update={"epochs": epochs})
+        model, _, _ = train(backbone, prompt, parts, training, mapping, seed, report=lambda line: None)
+        everything = backbone.classifier.weight
+        found.append([(everything == row).all(1).nonzero().item() for row in model.head.linear.weight])
+        assert mapping == "label_random" or found[-1] == at_start.tolist()
+    assert found[0] == found[1] and len(set(found[0])) == 16
+    assert (found[0] == found[2]) == (mapping == "label_once")  # the images are the same, the seed of the drawing is not
 
 
 def test_under_label_mapping_only_the_prompt_learns(prepared):

@@ -39,6 +39,14 @@ def test_what_is_left_out():
     assert small.robustness.sigmas == config.robustness.sigmas and small.robustness.corruptions == config.robustness.corruptions
 
 
+def test_what_belongs_to_what_is_left_out_goes_with_it():
+    first, second = [*read_params()["datasets"]]
+    options = {"pocket_resnet": {"img_size": 48}, "pocket_vit": {"img_size": 48}}
+    named = {"backbones": {"names": [*options], "options": options}, "robustness": {"files": {second: "somewhere", first: "else"}}}
+    small = shrink(parse_experiment(read_params() | named))
+    assert [*small.backbones.options] == ["pocket_resnet"] and small.robustness.files == {first: "else"}
+
+
 @pytest.fixture
 def params(tmp_path):
     path = tmp_path / "params.yaml"
@@ -72,7 +80,7 @@ def test_a_failing_stage_is_one_line(params, tmp_path, monkeypatch):
     def broken(*arguments):
         raise RuntimeError("two\nlines")
 
-    monkeypatch.setattr("spikeprompt.datasets.test_images", broken)
+    monkeypatch.setattr("spikeprompt.datasets.splits.test_images", broken)
     monkeypatch.setattr("spikeprompt.trial.check_experiment", lambda config: {})
     with pytest.raises(ValueError, match=r"^prepare: \w+ in cell \d+ of 100_prepare.ipynb: [^\n]+$"):
         try_pipeline(parse_experiment(SMALL), tmp_path / "trial", report=lambda line: None)

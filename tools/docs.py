@@ -21,14 +21,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 README = {  # page -> title, sections of the README
     "start": ("Get started", ["Use it", "Reproduce it"]),
-    "how_to": ("How to", ["Change an experiment", "Add a method"]),
-    "interpretation": ("What is ours", ["Our interpretation", "Where the backbones come from"]),
+    "how_to": ("How to", ["Change an experiment", "When something stops, and on other machines", "Add a method"]),
+    "interpretation": ("What is ours", ["Our interpretation", "Where the backbones come from", "Real backbones"]),
 }
 NOTEBOOKS = {  # page -> title, notebooks in reading order
     "tutorials": ("Tutorials", ["nbs/98_*", "nbs/tutorials/*", "nbs/template_*"]),
-    "foundations": ("Foundations", ["nbs/0*", "nbs/backbones/*"]),
+    "foundations": ("Foundations", ["nbs/0*", "nbs/datasets/*", "nbs/backbones/*"]),
     "prompts": ("Prompts", ["nbs/prompts/*", "nbs/methods/*", "nbs/baselines/*", "nbs/controls/*", "nbs/60_*"]),
-    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/9[4-79]*"]),
+    "experiments": ("Experiments", ["nbs/61_*", "nbs/training/*", "nbs/robustness/*", "nbs/evaluation/*", "nbs/plots/*", "nbs/9[4-79]*"]),
     "pipeline": ("Pipeline", ["nbs/pipeline/*"]),
     "executed": ("As it ran", ["results/notebooks/*"]),
 }
@@ -119,7 +119,7 @@ def add_report(place: Path, title: str = "") -> nbformat.NotebookNode:
     if title:
         report.cells[0].source = re.sub(r"^# .*", lambda found: f"# {title}", report.cells[0].source)
     write(place, nbformat.writes(report))
-    shutil.copytree((ROOT / place).parent / "figures", SOURCE / place.parent / "figures", ignore=shutil.ignore_patterns("*.pdf"))
+    shutil.copytree((ROOT / place).parent / "figures", SOURCE / place.parent / "figures")
     return report
 
 
@@ -166,10 +166,9 @@ def gather():
     )
     write("reports.md", contents("Experiments' reports", listed, said))
 
-    report = add_report(REPORT)
-    heading = next(number for number, cell in enumerate(report.cells) if cell.source.startswith("## In short"))
-    said, explained = report.cells[heading + 1].outputs[0].data["text/markdown"], report.cells[heading + 2].source
-    write("finding.md", f"{said}\n\n{explained.partition('## ')[0]}")
+    add_report(REPORT)
+    found = re.search(r"^\*\*What was found.*?^!\[.*?\n\n.*?\n\n", parts[0], re.M | re.S)[0]  # up to its figure, with the caption
+    write("finding.md", relink(found, ROOT))
 
     modules = public_modules()
     for module in modules:

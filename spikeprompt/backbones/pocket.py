@@ -31,6 +31,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_hybrid import ConvStem
 from torch import nn
 
+from ..files import check_weights
+
 # %% ../../nbs/backbones/10_pocket.ipynb #c05
 packaged_weights = Path(str(files("spikeprompt") / "weights"))  # folder of <name>.safetensors
 
@@ -95,6 +97,7 @@ def _build(cls, name, pretrained, defaults, kwargs, finish=lambda model: None):
     model = build_model_with_cfg(cls, name, pretrained=False, **{**defaults, **kwargs})
     finish(model)
     if pretrained:
+        check_weights(packaged_weights / f"{name}.safetensors", f"`git checkout -- {packaged_weights}` or a new installation restores it")
         load_pretrained(model, num_classes=kwargs.get("num_classes", 200), in_chans=kwargs.get("in_chans", 3))
     return model
 

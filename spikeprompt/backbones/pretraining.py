@@ -64,7 +64,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spikeprompt.backbones.pocket  # noqa: F401 -- registers the backbones with timm
 from ..config import ConfigError
-from ..datasets import ImageDataset
+from ..datasets.base import ImageDataset
 
 
 # %% ../../nbs/backbones/12_pretraining.ipynb #c05

@@ -18,7 +18,7 @@ from ..prompts.base import Prompt, PromptConfig, register_method
 class LoRVPConfig(PromptConfig):
     "Config of LoR-VP."
 
-    rank: int = Field(4, ge=1, description="r, columns of B")
+    rank: int = Field(4, ge=1, le=10_000, description="r, columns of B")
 
 
 # %% ../../nbs/baselines/41_lor_vp.ipynb #c06
@@ -37,10 +37,3 @@ class LoRVP(Prompt):
     def pattern(self) -> Tensor:  # P [3, H, W]
         "The low-rank pattern B A."
         return self.B @ self.A
-
-    def pixels(self, images: Tensor) -> Tensor:
-        return images + self.pattern()
-
-    @torch.no_grad()
-    def measures(self, images: Tensor) -> dict[str, float]:
-        return {"pixel_density": (self.pattern() != 0).float().mean().item()}

@@ -44,8 +44,8 @@ class LoRSPNoCarry(LoRSP):
     def find_thresholds(self, current: Tensor) -> Tensor:
         return super().find_thresholds(current[None])[0]
 
-    def fire(self, current: Tensor, threshold: Tensor) -> Tensor:
-        return super().fire(current[None], threshold[None])[0]
+    def neurons(self, current: Tensor, threshold: Tensor) -> Tensor:
+        return super().neurons(current[None], threshold[None])[0]
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c10
@@ -59,11 +59,11 @@ class LoRSPPermuted(LoRSP):
 
     config_class, label, reference = LoRSPPermutedConfig, "LoRSP, permuted factors", "lorsp"
 
-    def fire(self, current: Tensor, threshold: Tensor) -> Tensor:
+    def neurons(self, current: Tensor, threshold: Tensor) -> Tensor:
         if not self.training:
-            return super().fire(current, threshold)
+            return super().neurons(current, threshold)
         order = torch.randperm(len(current), device=current.device)
-        return super().fire(current[order], threshold[order])[order.argsort()]
+        return super().neurons(current[order], threshold[order])[order.argsort()]
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c14
@@ -79,8 +79,8 @@ class LoRSPShuffled(LoRSP):
 
     config_class, label, reference, mixes_images = LoRSPShuffledConfig, "LoRSP, shuffled images", "lorsp", True
 
-    def spikes(self, images: Tensor, share: float = 0.0) -> list[Tensor]:
-        return [spikes.roll(1, 1) for spikes in super().spikes(images, share)]
+    def spikes(self, images: Tensor) -> list[Tensor]:
+        return [spikes.roll(1, 1) for spikes in super().spikes(images)]
 
 
 # %% ../../nbs/controls/50_lorsp.ipynb #c19
@@ -118,7 +118,7 @@ class LoRSPRandomMask(LoRSP):
             kept = torch.rand_like(factors).argsort(-1) < _num_kept(config.firing_rate, factors.shape[-1])
             self.register_buffer(name, kept.float())
 
-    def spikes(self, images: Tensor, share: float = 0.0) -> list[Tensor]:
+    def spikes(self, images: Tensor) -> list[Tensor]:
         return [mask.float().transpose(0, 1)[:, None] for mask in (self.mask_b, self.mask_a)]
 
 
@@ -136,7 +136,9 @@ class LoRSPMagnitudeMask(LoRSP):
     config_class, label, reference = LoRSPMagnitudeMaskConfig, "LoRSP, magnitude mask", "lorsp"
     has_thresholds = False
 
-    def fire(self, current: Tensor, threshold: None) -> Tensor:
-        magnitude = current.abs()
-        smallest = magnitude.detach().topk(_num_kept(self.config.firing_rate, current.shape[-1]), -1).values[..., -1:]
-        return SURROGATES[self.config.surrogate]((magnitude - smallest) / smallest.clamp(min=1e-4))
+    def fire(self, currents: list[Tensor]) -> list[Tensor]:
+        spikes = []
+        for magnitude in map(torch.abs, currents):
+            smallest = magnitude.detach().topk(_num_kept(self.config.firing_rate, magnitude.shape[-1]), -1).values[..., -1:]
+            spikes.append(SURROGATES[self.config.surrogate]((magnitude - smallest) / smallest.clamp(min=1e-4)))
+        return spikes

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..backbones.loader import create_backbone
 from ..config import ExperimentConfig, RobustnessConfig, project_root
+from ..datasets.readers import load_arrays
+from ..datasets.splits import Images, choose
 from .energy import footprint
 from .scores import score
 from ..model import PromptedModel
@@ -29,17 +31,16 @@ from ..training.parallel import default_device
 # %% ../../nbs/evaluation/93_evaluate.ipynb #c03
 @lru_cache
 def prepared_arrays(
-    path: Path,  # .npz with labels and the test images under each condition
+    folder: Path,  # of labels and of the test images under each condition
 ) -> dict[str, np.ndarray]:
-    "Read the prepared test images once for all runs of a process."
-    with np.load(path) as file:
-        return dict(file)
+    "Read the prepared test images once for all runs of a process; raises `DamagedFile`."
+    return load_arrays(folder)[0]
 
 
 # %% ../../nbs/evaluation/93_evaluate.ipynb #c05
 def evaluate(
     model: PromptedModel,
-    images: dict[tuple[str, float], Tensor],  # (corruption, severity) -> uint8 [N, 3, H, W], the clean ones first
+    images: dict[tuple[str, float], Tensor | Images],  # (corruption, severity) -> uint8 [N, 3, H, W], the clean ones first
     labels: Tensor,  # [N]
     config: RobustnessConfig,
     seed: int,  # of the run; faults differ between runs
@@ -66,18 +67,23 @@ def evaluate(
 def evaluate_run(
     config: ExperimentConfig,
     run: tuple[str, str, str, str, str, int],  # as `RUN`
-    prepared: str | Path,  # folder of <dataset>.npz with labels and the test images under each condition
+    prepared: str | Path,  # folder with a folder of labels and test images under each condition for each dataset
     trained: str | Path,  # folder of the runs
 ) -> list[dict]:  # rows of the score table
     "Score one trained model under every condition, with its training record and its footprint."
     import_extensions(config.extensions)
     _, dataset, name, _, _, seed = run
-    backbone = create_backbone(name, config.backbones.weights, config.backbones.img_size)
+    backbone = create_backbone(name, **config.backbones.arguments(name))
     model = PromptedModel.from_pretrained(run_folder(trained, run), backbone).to(default_device())
-    arrays = prepared_arrays(project_root() / prepared / f"{dataset}.npz")
-    shown = lambda key: backbone.resize(torch.from_numpy(arrays[key]))
+    arrays = prepared_arrays(project_root() / prepared / dataset)
+    everything = np.arange(len(arrays["labels"]))
+    shown = lambda key: Images(arrays[key], everything, backbone.resize)  # each is used once
     images = {(noise, level): shown(condition_key(noise, level)) for noise, level, _ in conditions(config.robustness)}
+    images["clean", 0] = choose(arrays[condition_key("clean", 0)], everything, backbone.resize)  # but attacks and faults use these again
     some = to_pixels(images["clean", 0][:64].to(default_device()))
     columns = {**read_run(run_folder(trained, run))[0], **footprint(model, some)}
     names = {key: columns.pop(key) for key in RUN}
-    return [{**names, **row, **columns} for row in evaluate(model, images, torch.from_numpy(arrays["labels"]), config.robustness, seed)]
+    return [
+        {**names, **row, **columns}
+        for row in evaluate(model, images, torch.from_numpy(np.array(arrays["labels"])), config.robustness, seed)
+    ]

@@ -22,7 +22,7 @@ __all__ = [
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c02
 import gzip
-import os
+import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
 from io import StringIO
@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError, project_root
+from ..files import DamagedFile, replacing
 from ..robustness.corruptions import FREE_GAUSSIAN
 from ..stages import RUN
 
@@ -95,11 +96,8 @@ def write_scores(
     "Write a score table whole or not at all."
     packed = table.assign(correct=table.correct.map(pack))
     text = packed[[*RUN, *CONDITION, *_MEASURED, *table.columns.difference([*RUN, *CONDITION, *_MEASURED], sort=False)]]
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(gzip.compress(text.to_csv(index=False, float_format=_format_number).encode(), mtime=0))
-    os.replace(temporary, path)
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(gzip.compress(text.to_csv(index=False, float_format=_format_number).encode(), mtime=0))
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c20
@@ -107,13 +105,19 @@ def read_scores(
     methods: Iterable[str],  # names as in params.yaml, e.g. `config.methods`
     folder: str | Path = "results/scores",  # relative to the project, or absolute
 ) -> pd.DataFrame:  # rows in the order of the methods; correct as bool arrays
-    "Read the score tables of some methods as one; raises `ConfigError` for one that has no file."
+    "Read the score tables of some methods as one; raises `ConfigError` for one that has no file, `DamagedFile`."
     tables = []
     for method in methods:
         path = project_root() / folder / f"{method}.csv.gz"
         if not path.exists():
             raise ConfigError(f"{Path(folder) / path.name} is missing: `dvc repro` makes it, if params.yaml names the method {method!r}")
-        text = StringIO(gzip.decompress(path.read_bytes()).decode())
+        try:
+            content = gzip.decompress(path.read_bytes()).decode()
+            if not content:
+                raise EOFError("it is empty")
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise DamagedFile(f"{path} is damaged: {error}; `git checkout` or `dvc repro` restores it") from None
+        text = StringIO(content)
         names = [name for name in [*RUN, *CONDITION, "placement"] if name not in ("seed", "severity")]
         types = dict.fromkeys(names, str) | {"severity": float}
         tables.append(pd.read_csv(text, dtype=types, keep_default_na=False, na_values=[""]))
@@ -193,7 +197,7 @@ def per_run(
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c35
-DENSE = ("lor_vp", "vpt", "smm")  # methods whose prompts are dense
+DENSE = ("vp", "lor_vp", "vpt", "smm")  # methods whose prompts are dense
 
 
 def headroom(

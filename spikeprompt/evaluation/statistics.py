@@ -13,6 +13,7 @@ __all__ = [
     "NOT_SIGNIFICANT",
     "ONE_SEED",
     "NO_HEADROOM",
+    "MAPPINGS",
     "image_accuracy",
     "paired_differences",
     "variance_components",
@@ -24,6 +25,8 @@ __all__ = [
     "variant_names",
     "sentence",
     "tally",
+    "gains",
+    "gain_table",
     "headline",
     "mcnemar_counts",
     "two_level_bootstrap",
@@ -219,9 +222,12 @@ def variant_names(
     return rows.variant.where(~several, rows.variant + " as " + rows.placement)
 
 
+MAPPINGS = {"label": "label mapping", "label_once": "fixed label mapping", "label_random": "random label mapping", "linear": "linear head"}
+
+
 def _with(mapping: str) -> str:
     "The mapping at the start of a sentence."
-    return {"label": "With label mapping", "linear": "With a linear head"}[mapping]
+    return f"With {'a ' * (mapping == 'linear')}{MAPPINGS[mapping]}"
 
 
 def _on(images: str) -> str:
@@ -292,33 +298,55 @@ def tally(
 
 
 # %% ../../nbs/evaluation/91_statistics.ipynb #c47
-def headline(
-    compared: pd.DataFrame,  # one mapping and one dataset, from `compare`
-    runs: pd.DataFrame,  # of the same, from `per_run`
+def gains(
+    compared: pd.DataFrame,  # from `compare`
     variant: str,
+    *references: str,  # variants
+) -> pd.DataFrame:  # rows as in `compared`; `name`, with the placement if there are several; `helps`: whether one beats no prompt
+    "What a variant gains over its references and, with the sign turned, over its controls, on clean and on corrupted images."
+    compared = compared[compared.images.isin(["clean", "corrupted"])]
+    own = compared[(compared.variant == variant) & compared.reference.isin(references)]
+    turned = compared[(compared.reference == variant) & ~compared.variant.isin(references)]
+    other_sign = {"difference": -turned.difference, "low": -turned.high, "high": -turned.low}
+    verdict = turned.verdict.replace({BETTER: WORSE, WORSE: BETTER})
+    both = pd.concat([own, turned.assign(variant=variant, reference=turned.variant, verdict=verdict, **other_sign)], ignore_index=True)
+    cell = ["mapping", "dataset", "placement", "images"]
+    better = compared[(compared.reference == REFERENCE) & (compared.verdict == BETTER)].set_index([*cell, "variant"]).index
+    helps = both.set_index([*cell, "variant"]).index.isin(better) | both.set_index([*cell, "reference"]).index.isin(better)
+    return both.assign(name=variant_names(both), helps=helps).sort_values("name", kind="stable", ignore_index=True)
+
+
+def gain_table(
+    gained: pd.DataFrame,  # from `gains`
+) -> pd.DataFrame:  # text such as "+1.2, **-3.4**": name, reference × mapping, dataset
+    "Points gained, on clean images, then on corrupted ones: bold is significant, `=` equivalent, in brackets where no prompt helps."
+
+    def entry(row) -> str:
+        points = "n/a" if pd.isna(row.difference) else _points(row.difference)
+        marked = {BETTER: f"**{points}**", WORSE: f"**{points}**", EQUIVALENT: f"{points} ="}.get(row.verdict, points)
+        return marked if row.helps or points == "n/a" else f"({marked})"
+
+    rows = gained.assign(entry=[entry(row) for row in gained.itertuples()])
+    keys = ["name", "reference", "mapping", "dataset"]
+    return rows.groupby(keys, sort=False).entry.agg(", ".join).unstack(["mapping", "dataset"], sort=False)
+
+
+def headline(
+    gained: pd.DataFrame,  # from `gains`
+    runs: pd.DataFrame,  # from `per_run`
     reference: str,  # variant
-) -> list[str]:  # a paragraph for each placement
-    "Accuracies of a variant, its reference and no prompt, the difference to the reference, and what its controls lack."
+) -> list[str]:  # a sentence for each placement
+    "How many comparisons with a reference ended how, and the differences that they could have found."
     found = []
-    for placement, rows in compared[compared.variant == variant].groupby("placement", sort=False):
-        own = runs[(runs.variant == variant) & (runs.placement == placement)]
-        backbones = own.backbone.unique()
-        here = runs[runs.backbone.isin(backbones)].groupby("variant")[["clean", "corrupted", "prompt_parameters"]].mean()
-        reached = lambda name: f"{here.clean[name]:.1f} % on clean and {here.corrupted[name]:.1f} % on corrupted images"
-        learned = lambda name: f"{here.prompt_parameters[name]:,.0f} prompt parameters"
-        number = lambda row: f"{_points(row.difference)} {_on(row.images)}" if row.difference == row.difference else _on(row.images)
-        judged = lambda rows: " and ".join(f"{number(row)} ({row.verdict})" for row in rows.itertuples())
-        as_placed = f" as {placement}" if compared[compared.variant == variant].placement.nunique() > 1 else ""
-        over = f"{len(backbones)} backbone{'s' * (len(backbones) > 1)}"
-        against = rows[rows.reference == reference]
-        found.append(
-            f"**{variant}{as_placed}** ({over}, {learned(variant)}) reaches {reached(variant)}, {reference} ({learned(reference)}) "
-            f"{reached(reference)}, {REFERENCE} {reached(REFERENCE)}. Points against {reference}: {judged(against)}; "
-            f"the MDD is {' and '.join(f'{mdd:.1f}' for mdd in against.mdd.dropna()) or 'unknown'}."
-        )
-        controls = compared[(compared.reference == variant) & (compared.placement == placement)]
-        said = [f"{name} {judged(rows)}" for name, rows in controls.groupby("variant", sort=False)]
-        found[-1] += f" Controls against {variant}: {'; '.join(said)}." if said else ""
+    for (name, variant, placement), rows in gained[gained.reference == reference].groupby(["name", "variant", "placement"], sort=False):
+        size = runs[runs.placement == placement].groupby("variant").prompt_parameters.mean()
+        judged = rows[~rows.verdict.isin([NO_HEADROOM, ONE_SEED])]
+        count = judged.verdict.value_counts()
+        said = ", ".join(f"{count.get(verdict, 0)} {verdict}" for verdict in (BETTER, WORSE, EQUIVALENT, NOT_SIGNIFICANT))
+        mdd = f"; the MDD is {judged.mdd.min():.1f} to {judged.mdd.max():.1f} points" if len(judged) else ""
+        sizes = f"{size[variant]:,.0f} prompt parameters" + (f", {size[reference]:,.0f}" if reference in size else "")
+        idle = f"; in {(~judged.helps).sum()} neither is significantly better than {REFERENCE}"
+        found.append(f"**{name}** against {reference} ({sizes}): of {len(judged)} comparisons {said}{mdd}{idle}.")
     return found
 
 

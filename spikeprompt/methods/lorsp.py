@@ -8,6 +8,8 @@ __all__ = [
     "HOMEOSTASIS",
     "LoRSPConfig",
     "standardise",
+    "pooled",
+    "upsampled",
     "pooled_image",
     "image_current",
     "mean_firing_rate",
@@ -25,9 +27,10 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool1d, adaptive_avg_pool2d, interpolate
+from torch.nn.functional import adaptive_avg_pool1d, interpolate, layer_norm
 
 from ..backbones.loader import Backbone
+from ..config import LearningRate
 from ..prompts.base import Prompt, PromptConfig, register_method
 from ..prompts.neurons import SURROGATES, calibrated_thresholds, signed_integrate_and_fire
 
@@ -41,10 +44,11 @@ class LoRSPConfig(PromptConfig):
     init_std: float = Field(
         0.01,
         gt=0,
+        le=1000,
         description="standard deviation of the factors at the start, whose products are about its square; amplitude of `binary`",
     )
     image_gain: float = Field(
-        0.5, gt=0, description="g, scale of the image's current beside the factor's; without effect for static, pixel and select"
+        0.5, gt=0, le=1000, description="g, scale of the image's current beside the factor's; without effect for static, pixel and select"
     )
     learn_gain: bool = Field(False, description="whether g is learned")
     firing_rate: float = Field(0.3, gt=0, lt=1, description="ρ, target share of the neurons that fire at each step")
@@ -55,18 +59,32 @@ class LoRSPConfig(PromptConfig):
         16, ge=1, description="q, the image enters the current average-pooled to at most q x q pixels; unused by static and pixel"
     )
     surrogate: Literal["atan", "triangle", "sigmoid"] = Field("atan", description="gradient of a spike")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of the prompt; 0.2 in a training of some hundred steps")
+    lr: LearningRate = Field(0.1, description="peak learning rate of the prompt; 0.2 in a training of some hundred steps")
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c08
 def standardise(
-    x: Tensor,
-    dims: tuple[int, ...] = (-1,),  # over these axes
-    eps: float = 1e-5,
+    x: Tensor,  # [..., n]
+    eps: float = 1e-5,  # added to the variance
 ) -> Tensor:  # same shape
-    "Shift and scale to zero mean and unit variance."
-    x = x - x.mean(dims, keepdim=True)
-    return x / (x.square().mean(dims, keepdim=True) + eps).sqrt()
+    "Shift and scale vectors to zero mean and unit variance."
+    return layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def pooled(
+    x: Tensor,  # [..., n]
+    cells: int,  # h <= n
+) -> Tensor:  # [..., h]
+    "Average-pool vectors, by one product with a matrix."
+    return x @ adaptive_avg_pool1d(torch.eye(x.shape[-1], device=x.device), cells)
+
+
+def upsampled(
+    x: Tensor,  # [..., h]
+    size: int,  # n >= h
+) -> Tensor:  # [..., n]
+    "Interpolate vectors linearly, by one product with a matrix."
+    return x @ interpolate(torch.eye(x.shape[-1], device=x.device)[None], size, mode="linear")[0]
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c09
@@ -74,8 +92,11 @@ def pooled_image(
     images: Tensor,  # [B, 3, H, W] in [0, 1]
     pool_size: int,  # q >= 1
 ) -> Tensor:  # x̂ [B, 3, min(H, q), min(W, q)]
-    "Standardise each channel of each image, then average-pool it."
-    return adaptive_avg_pool2d(standardise(images, (-2, -1)), [min(side, pool_size) for side in images.shape[-2:]])
+    "Standardise each channel of each image, and average-pool it."
+    height, width = (min(side, pool_size) for side in images.shape[-2:])
+    mean = images.mean((-2, -1), keepdim=True)
+    variance = (images.square().mean((-2, -1), keepdim=True) - mean.square()).clamp(min=0)
+    return (pooled(pooled(images, width).mT, height).mT - mean) / (variance + 1e-5).sqrt()
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c10
@@ -85,9 +106,8 @@ def image_current(
     size: int,  # H, neurons of the side that receives the current
 ) -> Tensor:  # d [K, B, 3, H]
     "The image's current d of the neurons of one side: rows or columns."
-    pooled = adaptive_avg_pool1d(factors[:, 0], view.shape[-1])
-    d = standardise(torch.einsum("bchw,kcw->bkch", view, pooled))
-    return interpolate(d.flatten(1, 2), size, mode="linear").unflatten(1, (len(factors), 3)).transpose(0, 1)
+    d = torch.einsum("bchw,kcw->kbch", view, pooled(factors[:, 0], view.shape[-1]))
+    return upsampled(standardise(d), size)
 
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c14
@@ -100,7 +120,7 @@ def mean_firing_rate(
 
 # %% ../../nbs/methods/30_lorsp.ipynb #c16
 VARIANTS = {}  # name in the config -> variant
-HOMEOSTASIS = 0.1  # share of the way that a batch moves the thresholds
+HOMEOSTASIS = 0.2  # η, how fast thresholds follow the firing rate
 
 
 class FactorVariant:
@@ -150,7 +170,7 @@ def _noise_images(
 class LoRSP(Prompt):
     "A sparse, low-rank pattern for each image, added to its pixels (our interpretation of arXiv 2606.01945)."
 
-    config_class, label, reference = LoRSPConfig, "LoRSP", "lor_vp"
+    config_class, label, reference = LoRSPConfig, "LoRSP", ("lor_vp", "vp")
     has_thresholds = True
 
     def __init__(self, config: LoRSPConfig, backbone: Backbone):
@@ -190,42 +210,41 @@ class LoRSP(Prompt):
         return calibrated_thresholds(current, self.config.firing_rate)
 
     @torch.no_grad()
-    def adapt(
-        self,
-        currents: list[Tensor],  # [K, B, 3, neurons...] of each population
-        share: float,  # of the way, in [0, 1]
-    ):
-        "Move the thresholds towards those at which the target share of these neurons fires."
-        for threshold, current in zip(self.thresholds, currents):
-            neurons = current.transpose(1, 2).flatten(2)
-            found = self.find_thresholds(neurons[..., :: 1 + neurons[0].numel() // 2**24])  # torch.quantile's limit
-            threshold.lerp_(found.to(threshold.dtype), share)
-
     def calibrate(self, images: Tensor, backbone: Backbone):
         "Set the thresholds so that neurons fire at the target rate on these images."
-        if self.has_thresholds:
-            self.adapt(self.currents(images), 1.0)
+        for threshold, current in zip(self.thresholds if self.has_thresholds else [], self.currents(images)):
+            threshold.copy_(self.find_thresholds(current.transpose(1, 2).flatten(2)))
 
-    def fire(self, current: Tensor, threshold: Tensor | None) -> Tensor:  # I [K, B, 3, ...] and θ [K, 1, 3, ...] to spikes [K, B, 3, ...]
-        "Spikes of one population."
+    @torch.no_grad()
+    def follow(
+        self,
+        spikes: list[Tensor],  # [K, B, 3, neurons...] of each population
+    ):
+        "Move the thresholds so that the firing rates come nearer to the target."
+        for threshold, fired in zip(self.thresholds, spikes):
+            rate = fired.transpose(1, 2).flatten(2).mean(-1)
+            threshold.mul_((HOMEOSTASIS * (rate - self.config.firing_rate)).exp())
+
+    def neurons(self, current: Tensor, threshold: Tensor) -> Tensor:  # I [K, B, 3, n] and θ [K, 1, 3, n] to spikes [K, B, 3, n]
+        "Spikes of n neurons."
         return signed_integrate_and_fire(current, threshold, SURROGATES[self.config.surrogate])
+
+    def fire(self, currents: list[Tensor]) -> list[Tensor]:  # both [K, B, 3, neurons...] of each population
+        "Spikes of all populations, in one pass."
+        flat = [current.flatten(3) for current in currents]
+        thresholds = [
+            threshold.float().clamp(min=1e-4)[:, None, :, None].expand(-1, -1, -1, current.shape[-1])
+            for threshold, current in zip(self.thresholds, flat)
+        ]
+        spikes = self.neurons(torch.cat(flat, -1), torch.cat(thresholds, -1)).split([current.shape[-1] for current in flat], -1)
+        return [fired.unflatten(-1, current.shape[3:]) for fired, current in zip(spikes, currents)]
 
     def spikes(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
-        share: float = 0.0,  # of the way that homeostatic thresholds first move towards these images
     ) -> list[Tensor]:  # [K, B, 3, neurons...] of each population, in {0, 1}
         "Which neurons fire at which step."
-        spikes, currents = [], self.currents(images)
-        if share and self.has_thresholds and self.config.thresholds == "homeostatic":
-            self.adapt(currents, share)
-        for population, current in enumerate(currents):
-            threshold = None
-            if self.has_thresholds:
-                threshold = self.thresholds[population].float().clamp(min=1e-4)
-                threshold = threshold.view(-1, 1, 3, *[1] * (current.dim() - 3))
-            spikes.append(self.fire(current, threshold))
-        return spikes
+        return self.fire(self.currents(images))
 
     def combine(self, spikes: list[Tensor]) -> Tensor:  # P [B, 3, H, W], fp32
         "The prompt that the spikes give."
@@ -240,11 +259,14 @@ class LoRSP(Prompt):
         if not self.variant.per_image:
             return self.prompt(self.b.new_zeros(1, 3, self.b.shape[-1], self.a.shape[-1]))[0]
 
-    def pixels(self, images: Tensor, share: float = 0.0) -> Tensor:
-        return (images + self.combine(self.spikes(images, share))).to(images.dtype)
+    def pixels(self, images: Tensor) -> Tensor:
+        return (images + self.combine(self.spikes(images))).to(images.dtype)
 
     def forward(self, images: Tensor) -> tuple[Tensor, float]:
-        return self.pixels(images, HOMEOSTASIS if self.training else 0.0), 0.0
+        spikes = self.spikes(images)
+        if self.training and self.config.trainable and self.has_thresholds and self.config.thresholds == "homeostatic":
+            self.follow(spikes)
+        return (images + self.combine(spikes)).to(images.dtype), 0.0
 
     @torch.no_grad()
     def measures(self, images: Tensor) -> dict[str, float]:
@@ -286,7 +308,7 @@ class SelectVariant(PixelVariant):
     def currents(self, prompt, images: Tensor) -> list[Tensor]:  # [K, B, 3, 1, 1]
         "Current of every pair: its inner product with the pooled image."
         view = pooled_image(images, prompt.config.pool_size)
-        b, a = (adaptive_avg_pool1d(factors[:, 0], side) for factors, side in zip(prompt.standardised_factors(), view.shape[-2:]))
+        b, a = (pooled(factors[:, 0], side) for factors, side in zip(prompt.standardised_factors(), view.shape[-2:]))
         current = torch.einsum("bchw,kch,kcw->kbc", view, b, a) / view[0, 0].numel() ** 0.5
         return [prompt.image_gain.float() * current[..., None, None]]
 

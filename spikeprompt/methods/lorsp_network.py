@@ -11,9 +11,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import adaptive_avg_pool1d, conv2d, interpolate
+from torch.nn.functional import conv2d
 
-from .lorsp import LoRSP, LoRSPConfig, pooled_image
+from .lorsp import LoRSP, LoRSPConfig, pooled, pooled_image, upsampled
 from ..prompts.base import register_method
 from ..prompts.neurons import integrate_and_fire
 
@@ -43,7 +43,7 @@ class LoRSPNetwork(LoRSP):
     ) -> tuple[Tensor, Tensor]:  # s in {0, 1} and v, each [K, B, 3, h, w]
         "Spikes of the first layer, and what the second accumulates of them."
         first, second = self.kernels.float()
-        rows, columns = (adaptive_avg_pool1d(z[:, 0], side) for z, side in zip((b, a), view.shape[-2:]))
+        rows, columns = (pooled(z[:, 0], side) for z, side in zip((b, a), view.shape[-2:]))
         seen = view + (rows[..., None] * columns[..., None, :])[:, None]
         convolve = lambda x, kernel: conv2d(x.flatten(0, 1), kernel, padding=1, groups=3).unflatten(0, x.shape[:2])
         spikes = integrate_and_fire(convolve(seen, first))
@@ -54,5 +54,4 @@ class LoRSPNetwork(LoRSP):
             b, a = self.standardised_factors()
             view, gain = pooled_image(images.float(), self.config.pool_size), self.image_gain.float()
             v = self.potentials(view, b, a)[1]
-            resize = lambda d, size: interpolate(d.flatten(1, 2), size, mode="linear").unflatten(1, d.shape[1:3])
-            return [b + gain * resize(v.mean(-1), b.shape[-1]), a + gain * resize(v.mean(-2), a.shape[-1])]
+            return [b + gain * upsampled(v.mean(-1), b.shape[-1]), a + gain * upsampled(v.mean(-2), a.shape[-1])]

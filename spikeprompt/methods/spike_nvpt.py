@@ -31,6 +31,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones.loader import Backbone
+from ..config import LearningRate
 from ..prompts.base import register_method
 from ..prompts.neurons import integrate_and_fire
 from ..prompts.tokens import TokenPrompt, TokenPromptConfig, token_statistics
@@ -70,9 +71,11 @@ class BinaryPromptConfig(TokenPromptConfig):
     kappa: float = Field(0.5, gt=0, le=1, description="κ, firing rate from which the Spike Discretization Unit gives a one")
     bit_density: float = Field(0.2, gt=0, lt=1, description="ρ₀, share of ones at the start")
     scaling: Literal["fixed", "raw", "matched", "learned"] = Field("fixed", description="how bits become tokens")
-    contrast: float = Field(1.0, gt=0, description="initial difference between the two colours of a padding; 1 is the range of a pixel")
+    contrast: float = Field(
+        1.0, gt=0, le=1000, description="initial difference between the two colours of a padding; 1 is the range of a pixel"
+    )
     rate_penalty: float = Field(0.0, ge=0, description="weight of the squared difference between bit density and ρ₀")
-    lr: float = Field(0.1, gt=0, description="peak learning rate of the latents")
+    lr: LearningRate = Field(0.1, description="peak learning rate of the latents")
 
 
 # %% ../../nbs/methods/31_spike_nvpt.ipynb #c18
@@ -246,7 +249,7 @@ class SpikeNVPTConfig(BinaryPromptConfig):
         "per_step_noise", description="interpretation of 'over time'"
     )
     timesteps: int = Field(4, ge=1, le=64, description="T, steps of the Signal Filtering Layer")
-    noise_std: float = Field(0.5, ge=0, description="σ of `per_step_noise` at the start of training; falls linearly to 0")
+    noise_std: float = Field(0.5, ge=0, le=1000, description="σ of `per_step_noise` at the start of training; falls linearly to 0")
     margin: float = Field(0.2, ge=0, lt=1, description="of `membrane`: how far beyond its threshold a latent flips its bit")
 
 

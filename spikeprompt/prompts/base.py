@@ -19,26 +19,29 @@ __all__ = [
 import importlib
 import pkgutil
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from ..backbones.loader import Backbone
-from ..config import Config, ConfigError, did_you_mean
+from ..config import Config, ConfigError, LearningRate, did_you_mean
 
 
 # %% ../../nbs/prompts/20_base.ipynb #c05
 class MethodConfig(Config):
     "Base of every method's config."
 
-    image_noise: float = Field(0.0, ge=0, description="standard deviation of the noise that training adds to the images, on [0, 1] pixels")
+    image_noise: float = Field(
+        0.0, ge=0, le=1, description="standard deviation of the noise that training adds to the images, on [0, 1] pixels"
+    )
 
 
 class PromptConfig(MethodConfig):
     "Base of the configs of methods that have parameters."
 
     trainable: bool = Field(True, description="false: the parameters stay as initialised, an untrained control")
-    lr: float = Field(0.01, gt=0, description="peak learning rate of the prompt")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the prompt")
+    lr: LearningRate = Field(0.01, description="peak learning rate of the prompt")
+    weight_decay: float = Field(0.0, ge=0, le=100, description="AdamW's decay of the prompt")
 
 
 # %% ../../nbs/prompts/20_base.ipynb #c06
@@ -64,8 +67,9 @@ class Prompt(nn.Module):
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> Tensor:  # [B, 3, H, W], what the backbone receives before normalisation
-        "Prompt the pixels."
-        return images
+        "Prompt the pixels: add the pattern, if there is one for all images."
+        pattern = self.pattern()
+        return images if pattern is None else images + pattern.to(images.dtype)
 
     def forward(
         self,
@@ -109,7 +113,9 @@ class Prompt(nn.Module):
         images: Tensor,  # [B, 3, H, W] in [0, 1]
     ) -> dict[str, float]:  # e.g. pixel_density, bit_density, firing_rate
         "Scalar properties of the prompt for the score table; no side effects."
-        return {}
+        with torch.no_grad():
+            pattern = self.pattern()
+        return {} if pattern is None else {"pixel_density": (pattern != 0).float().mean().item()}
 
     def deployed_state(self) -> dict[str, Tensor]:
         "The tensors of a deployed prompt, which an adapter saves."

@@ -7,7 +7,7 @@ __all__ = ["SURROGATES", "integrate_and_fire", "constant_current_rate", "signed_
 
 # %% ../../nbs/prompts/21_neurons.ipynb #c02
 import torch
-from spikingjelly.activation_based import functional, surrogate
+from spikingjelly.activation_based import surrogate
 from torch import Tensor
 
 # %% ../../nbs/prompts/21_neurons.ipynb #c05
@@ -19,6 +19,45 @@ SURROGATES = {  # each with σ'(0) = 1 and an integral of 1
 
 
 # %% ../../nbs/prompts/21_neurons.ipynb #c08
+class _IntegrateAndFire(torch.autograd.Function):
+    "The dynamics and their gradient through time, each in one pass over the steps."
+
+    @staticmethod
+    def forward(ctx, current: Tensor, v_threshold: Tensor, signed: bool, surrogate_function) -> Tensor:
+        potentials, spikes, carried = [], [], torch.zeros_like(current[0])
+        for step, threshold in zip(current, v_threshold):
+            u = carried + step
+            size = u.abs() if signed else u
+            smooth = not surrogate_function.spiking  # σ in the place of the step, as finite differences need it
+            s = surrogate_function((size - threshold) / threshold) if smooth else (size >= threshold).to(u.dtype)
+            reset = threshold * s
+            carried = u - (reset.copysign(u) if signed else reset)
+            potentials.append(u)
+            spikes.append(s)
+        potentials, spikes = torch.stack(potentials), torch.stack(spikes)
+        ctx.save_for_backward(potentials, spikes, v_threshold)
+        ctx.signed, ctx.surrogate_function = signed, surrogate_function
+        return spikes
+
+    @staticmethod
+    def backward(ctx, to_spikes: Tensor):
+        potentials, spikes, v_threshold = ctx.saved_tensors
+        sign, size = (potentials.sign(), potentials.abs()) if ctx.signed else (1, potentials)
+        v = (size - v_threshold) / v_threshold
+        slope = ctx.surrogate_function.backward(torch.ones_like(v), v, ctx.surrogate_function.alpha)  # σ'(v)
+        through, kept = to_spikes * slope * sign / v_threshold, 1 - slope
+        to_potentials = [through[-1]]
+        for t in reversed(range(len(potentials) - 1)):
+            to_potentials.append(torch.addcmul(through[t], to_potentials[-1], kept[t]))
+        to_potentials = torch.stack(to_potentials[::-1])
+        to_threshold = None
+        if ctx.needs_input_grad[1]:
+            to_carried = torch.cat([to_potentials[1:], torch.zeros_like(to_potentials[:1])])  # the gradient of u⁺
+            by_spikes = (to_spikes - to_carried * sign * v_threshold) * slope * size / v_threshold.square()
+            to_threshold = -(by_spikes + to_carried * sign * spikes).sum_to_size(v_threshold.shape)
+        return to_potentials, to_threshold, None, None
+
+
 def integrate_and_fire(
     current: Tensor,  # I [T, ...], time first
     v_threshold: float = 1.0,  # θ > 0
@@ -26,8 +65,8 @@ def integrate_and_fire(
 ) -> Tensor:  # spikes in {0, 1} [T, ...], fp32
     "Spikes of integrate-and-fire neurons with soft reset, over the first axis."
     with torch.autocast(current.device.type, enabled=False):
-        current = current.float() / v_threshold
-        return functional.if_multi_step(current, torch.zeros_like(current[0]), 1.0, None, surrogate_function)[0]
+        threshold = current.new_full((len(current), *[1] * (current.dim() - 1)), v_threshold, dtype=torch.float32)
+        return _IntegrateAndFire.apply(current.float(), threshold, False, surrogate_function)
 
 
 # %% ../../nbs/prompts/21_neurons.ipynb #c12
@@ -48,12 +87,7 @@ def signed_integrate_and_fire(
 ) -> Tensor:  # spikes in {0, 1} [T, ...], fp32, whatever the sign of the potential
     "Spikes of signed integrate-and-fire neurons with soft reset and one threshold a step."
     with torch.autocast(current.device.type, enabled=False):
-        potential, spikes = torch.zeros_like(current[0], dtype=torch.float32), []
-        for step, threshold in zip(current.float(), v_threshold.float()):
-            potential = potential + step
-            spikes.append(surrogate_function((potential.abs() - threshold) / threshold))
-            potential = potential - potential.sign() * threshold * spikes[-1]
-        return torch.stack(spikes)
+        return _IntegrateAndFire.apply(current.float(), v_threshold.float(), True, surrogate_function)
 
 
 # %% ../../nbs/prompts/21_neurons.ipynb #c24
@@ -63,10 +97,12 @@ def calibrated_thresholds(
     firing_rate: float,  # ρ in (0, 1), share of the neurons that fire at each step
 ) -> Tensor:  # θ_t [T, ...]
     "Thresholds at which populations of signed neurons fire at a target rate in every step."
+    neurons = current.shape[-1]
+    silent = min(round((1 - firing_rate) * neurons), neurons - 1)
     potential, thresholds = torch.zeros_like(current[0]), []
     for step in current:
         potential = potential + step
-        thresholds.append(potential.abs().quantile(1 - firing_rate, -1))
+        thresholds.append(potential.abs().kthvalue(silent + 1, -1).values)
         threshold = thresholds[-1][..., None]
         potential = potential - potential.sign() * threshold * (potential.abs() >= threshold)
     return torch.stack(thresholds)

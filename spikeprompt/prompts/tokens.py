@@ -329,7 +329,7 @@ def token_statistics(
 class TokenPromptConfig(PromptConfig):
     "Base of the configs of token prompts."
 
-    num_tokens: int = Field(10, ge=1, description="p, prompt tokens a block")
+    num_tokens: int = Field(10, ge=1, le=10_000, description="p, prompt tokens a block")
     depth: Literal["deep", "shallow"] = Field("deep", description="new tokens in every block, or once before the first")
     placement: Literal["auto", "tokens", "padding"] = Field("auto", description="auto: padding where a backbone takes no prompt tokens")
     pad_width: int = Field(2, ge=1, description="pixels on each side of a padding prompt")

@@ -35,6 +35,7 @@ __all__ = [
     "conditions",
     "condition_key",
     "corrupt",
+    "read_corrupted",
 ]
 
 # %% ../../nbs/robustness/80_corruptions.ipynb #c02
@@ -42,6 +43,7 @@ import hashlib
 from collections.abc import Callable
 from io import BytesIO
 from math import ceil
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -52,6 +54,7 @@ from torch.fft import irfft2, rfft2
 from torch.nn.functional import grid_sample, interpolate
 
 from ..config import ConfigError, RobustnessConfig
+from ..datasets.base import DataError
 
 
 # %% ../../nbs/robustness/80_corruptions.ipynb #c05
@@ -402,3 +405,30 @@ def corrupt(
         generators = [image_generator(seed, corruption, severity, start + number) for number in range(len(x))]
         found.append((function(x, constant, generators).clamp(0, 1) * 255).round().to(torch.uint8))
     return torch.cat(found)
+
+
+# %% ../../nbs/robustness/80_corruptions.ipynb #c38
+def read_corrupted(
+    folder: str | Path,  # of labels.npy and <corruption>.npy, uint8 [5 N, H, W, 3], one severity after the other
+    corruption: str,
+    severity: int,  # 1 to 5
+    indices: np.ndarray,  # which of the N test images [n]
+    clean: Tensor,  # uint8 [n, 3, H, W], the same images undisturbed
+    labels: Tensor,  # theirs [n]
+) -> Tensor:  # uint8 [n, 3, H, W]
+    "Test images that others have corrupted, as in CIFAR-10-C (Hendrycks & Dietterich, arXiv 1903.12261); raises `DataError`."
+    path, answers = Path(folder) / f"{corruption}.npy", Path(folder) / "labels.npy"
+    try:
+        images, known = (np.load(file, mmap_mode="r", allow_pickle=False) for file in (path, answers))
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} or its labels.npy cannot be read: {' '.join(str(error).split())[:200]}") from None
+    if images.ndim != 4 or images.dtype != np.uint8 or len(images) != len(known) or len(images) % 5 or images.shape[3] != 3:
+        raise DataError(
+            f"{path} is {images.dtype} {images.shape} with {len(known)} labels, needed: uint8 [5 N, H, W, 3] and as many labels"
+        )
+    if images.shape[1:3] != clean.shape[2:]:
+        raise DataError(f"{path} has images of {images.shape[1:3]} pixels, the test images have {tuple(clean.shape[2:])}")
+    chosen = (severity - 1) * (len(images) // 5) + indices
+    if chosen.max() >= severity * (len(images) // 5) or not np.array_equal(known[chosen], labels.numpy()):
+        raise DataError(f"{answers}: its labels are not those of the test images, so these are other images, or in another order")
+    return torch.from_numpy(np.ascontiguousarray(images[chosen].transpose(0, 3, 1, 2)))

@@ -15,11 +15,12 @@ from accelerate.utils import set_seed
 
 from ..backbones.loader import Backbone, create_backbone
 from ..config import ExperimentConfig, project_root
-from ..datasets import Split, cached_dataset, split
+from ..datasets.readers import CARD, cached_dataset
+from ..datasets.splits import Split, split
 from ..prompts.base import create_prompt, num_parameters
 from ..stages import RUN, TRAINING, import_extensions, read_run, run_folder, run_settings, write_run
 from .head import to_pixels
-from .loop import train
+from .loop import TrainingError, train
 
 
 # %% ../../nbs/training/75_runs.ipynb #c03
@@ -31,9 +32,7 @@ def training_images(
     seed: int,
 ) -> Split:
     "Training and validation images of one run at the backbone's size."
-    parts = split(cached_dataset(project_root() / prepared / f"{dataset}.npz"), config.datasets[dataset], seed, dataset)
-    fit = lambda images, labels: (backbone.resize(images), labels)
-    return Split(fit(*parts.train), fit(*parts.val))
+    return split(cached_dataset(project_root() / prepared / dataset), config.datasets[dataset], seed, dataset, backbone.resize)
 
 
 # %% ../../nbs/training/75_runs.ipynb #c04
@@ -43,16 +42,22 @@ def train_run(
     prepared: str | Path,  # folder of the prepared datasets
     out: str | Path | None = None,  # folder of the runs; one that is finished there is read; None: nothing is saved
 ) -> tuple[dict, pd.DataFrame]:  # record: the run's names, placement, val_accuracy, parameters, measures; history
-    "Train one prompted model; the test images are not touched."
+    "Train one prompted model; the test images are not touched; raises `TrainingError` or `DamagedFile`."
     if out is not None and (run_folder(out, run) / TRAINING).is_file():
         return read_run(run_folder(out, run))
     import_extensions(config.extensions)
-    mapping, dataset, name, method, _, seed = run
+    mapping, dataset, name, method, variant, seed = run
     set_seed(seed)
-    backbone = create_backbone(name, config.backbones.weights, config.backbones.img_size)
+    backbone = create_backbone(name, **config.backbones.arguments(name))
     prompt = create_prompt(run_settings(config, run), backbone)
     parts = training_images(prepared, config, dataset, backbone, seed)
-    model, history, validated = train(backbone, prompt, parts, config.train, mapping, seed, report=lambda line: None)
+    checkpoint = None if out is None else run_folder(Path(out).with_name(f"{Path(out).name}-checkpoints"), run) / "checkpoint.safetensors"
+    try:
+        model, history, validated = train(
+            backbone, prompt, parts, config.train, mapping, seed, report=lambda line: None, checkpoint=checkpoint
+        )
+    except TrainingError as error:
+        raise TrainingError(f"{name}, {dataset}, {mapping}, {variant!r}, seed {seed}: {error}") from None
     images = to_pixels(parts.val[0][:256].to(next(model.parameters()).device))
     names = dict(zip(RUN, run))
     described = {"placement": prompt.placement, "val_accuracy": validated, "prompt_parameters": num_parameters(prompt)}
@@ -61,6 +66,7 @@ def train_run(
     if out is not None:
         model.save_pretrained(run_folder(out, run))
         write_run(run_folder(out, run), record, history)
+        checkpoint.unlink(missing_ok=True)
     return record, history
 
 
@@ -72,8 +78,8 @@ def unfinished_folder(
 ) -> Path:
     "Where a stage's runs are collected: `unfinished` beside the folder of its output."
     digest = sha256((project_root() / stage).read_bytes())
-    for path in sorted((project_root() / prepared).iterdir()):
-        digest.update(path.read_bytes())
+    for card in sorted((project_root() / prepared).rglob(CARD)):  # with the checksums of images and labels
+        digest.update(card.read_bytes())
     out = project_root() / out
     return out.parent.with_name("unfinished") / out.name / digest.hexdigest()[:16]
 
