@@ -142,12 +142,12 @@ print(2), object()"""
     nb.cells.append(nbformat.v4.new_code_cell(source, id="noise"))
     nb.cells.append(nbformat.v4.new_code_cell("#| slow\n1 / 0", id="skipped", outputs=[nbformat.v4.new_output("stream", text="stored")]))
     nbformat.write(nb, path)
-    assert tidy(checkout).returncode == 0
+    assert tidy(checkout, path).returncode == 0
     once = contents(checkout)
     noise, skipped = nbformat.read(path, 4).cells[-2:]
     assert [output.output_type for output in noise.outputs] == ["stream", "execute_result", "display_data"]
     assert "image/png" in noise.outputs[-1].data and skipped.outputs[0].text == "stored"
-    assert tidy(checkout).returncode == 0
+    assert tidy(checkout, path).returncode == 0
     assert contents(checkout) == once
 
 

@@ -117,6 +117,6 @@ def test_stored_in_a_few_bits_factors_come_back_to_the_bit(bits):
     state = prompt.deployed_state()
     again.load_deployed_state(state)
     assert torch.equal(again.pattern(), prompt.pattern()) and prompt.pattern().abs().max() > 0
-    assert state["B.levels"].numel() == -(-3 * 32 * 3 * bits // 8) and state["B.step"].numel() == 1
+    assert state["B.levels"].numel() == -(-3 * 32 * 3 * bits // 8) and state["steps"].numel() == 2
     found, step = levels(prompt.B, bits)
     assert found.abs().max() == 2 ** (bits - 1) - 1 and (step * found - prompt.B).abs().max() <= 0.51 * step

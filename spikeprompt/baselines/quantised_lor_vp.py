@@ -55,22 +55,20 @@ class QuantisedLoRVP(LoRVP):
 
     @torch.no_grad()
     def deployed_state(self) -> dict[str, Tensor]:
-        "Levels, packed (uint8), and the steps of B and A (bfloat16)."
-        bits, state = self.config.bits, {}
+        "Levels of B and of A, packed (uint8), and their two steps (bfloat16)."
+        bits, state, steps = self.config.bits, {}, []
         for name in "B", "A":
             found, step = levels(getattr(self, name), bits)
             codes = (found + 2 ** (bits - 1)).to(torch.uint8).cpu().numpy().reshape(-1, 1)
-            state |= {
-                f"{name}.levels": torch.from_numpy(np.packbits(np.unpackbits(codes, axis=1)[:, -bits:])),
-                f"{name}.step": step.bfloat16(),
-            }
-        return state
+            state[f"{name}.levels"] = torch.from_numpy(np.packbits(np.unpackbits(codes, axis=1)[:, -bits:]))
+            steps.append(step)
+        return state | {"steps": torch.stack(steps).bfloat16()}
 
     @torch.no_grad()
     def load_deployed_state(self, state: dict[str, Tensor]):
         bits = self.config.bits
-        for name in "B", "A":
+        for name, step in zip("BA", state["steps"], strict=True):
             values = getattr(self, name)
             unpacked = np.unpackbits(state[f"{name}.levels"].cpu().numpy(), count=values.numel() * bits).reshape(-1, bits)
             codes = torch.from_numpy(unpacked @ (1 << np.arange(bits)[::-1]))
-            values.copy_((codes - 2 ** (bits - 1)).view(values.shape) * state[f"{name}.step"].to(values))
+            values.copy_((codes - 2 ** (bits - 1)).view(values.shape) * step.to(values))
