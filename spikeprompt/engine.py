@@ -33,7 +33,6 @@ from PIL import Image, ImageChops
 from traitlets.config import Config
 
 from .config import project_root
-from .files import replacing
 
 
 # %% ../nbs/02_engine.ipynb #c04
@@ -192,6 +191,8 @@ class PlainEngine:
             print(stopped, file=sys.stderr, flush=True)
             os._exit(130)
         if output_path and (error := _explain(done, name)):
+            from spikeprompt.files import replacing  # imports torch, which every stage would wait for
+
             failed = project_root() / "runs/failed" / name
             with replacing(failed) as unfinished:
                 nbformat.write(done, unfinished)

@@ -32,6 +32,7 @@ TINY = {
         "lorsp": {"LoRSP-K1": {"rank": 1}, "LoRSP-K2": {"rank": 2}},
         "spike_nvpt": None,
         "full_finetuning": None,
+        "tint": None,  # made from the template
     },
 }
 
@@ -54,7 +55,7 @@ def state(folder):
 
 @pytest.fixture(scope="module")
 def copy(tmp_path_factory):
-    "The files that git knows or would know, in a repository of their own, after one `dvc repro`."
+    "What git knows or would know, and a method made from the template, in a repository of their own, after one `dvc repro`."
     folder, root = tmp_path_factory.mktemp("copy"), project_root()
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], cwd=root, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\0")):
@@ -64,9 +65,12 @@ def copy(tmp_path_factory):
     shutil.rmtree(folder / "results", ignore_errors=True)
     (folder / "dvc.lock").unlink(missing_ok=True)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    notebook = (folder / "nbs/template_method.ipynb").read_text().replace("# template: ", "")
+    (folder / "nbs/methods/32_tint.ipynb").write_text(notebook)
     params(folder)
-    done = call(folder, "dvc", "repro", cores="2")
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for command in ["nbdev-export"], ["dvc", "repro"]:
+        done = call(folder, *command)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, done
 
 
@@ -80,6 +84,7 @@ def test_the_score_table_has_a_row_for_each_run_and_condition(copy):
         ("LoRSP-K2", 4),
         ("Spike-NVPT", 5),
         ("full fine-tuning", 4),
+        ("Tint", 4),
         ("raw pixels", 1),
     }  # only Spike-NVPT has bits to flip
     assert set(table.mapping) == {"label", "linear"} and set(table[table.variant == "Spike-NVPT"].placement) == {"tokens"}
@@ -153,29 +158,30 @@ def test_prose_and_docstrings_make_nothing_stale_and_a_constant_the_right_stages
     assert stale() == set()
 
 
-def test_a_forced_stage_on_fewer_cores_writes_the_same_bytes(copy):
+def test_a_forced_stage_on_more_cores_writes_the_same_bytes(copy):
     folder, _ = copy
     before, lock = state(folder), (folder / "dvc.lock").read_bytes()
-    forced = call(folder, "dvc", "repro", "-f", "-s", "train@spike_nvpt", "evaluate@spike_nvpt", "figures", "report")
+    forced = call(folder, "dvc", "repro", "-f", "-s", "train@spike_nvpt", "evaluate@spike_nvpt", "figures", "report", cores="2")
     assert forced.returncode == 0, forced.stdout[-2000:] + forced.stderr[-2000:]
     assert state(folder) == before and (folder / "dvc.lock").read_bytes() == lock
 
 
-def test_one_methods_settings_run_that_method_alone(copy):
+@pytest.mark.parametrize("method, variants", [("spike_nvpt", {"Spike-NVPT": {"num_tokens": 3}}), ("vpt", None)], ids=["changed", "new"])
+def test_a_changed_or_a_new_method_runs_alone(copy, method, variants):
     folder, _ = copy
-    params(folder, methods={**TINY["methods"], "spike_nvpt": {"Spike-NVPT": {"num_tokens": 3}}})
+    params(folder, methods={**TINY["methods"], method: variants})
     assert call(folder, "dvc", "repro", "check").returncode == 0
     stale = json.loads(call(folder, "dvc", "status", "--json").stdout)
     params(folder)
     assert call(folder, "dvc", "repro", "check").returncode == 0
-    assert {name for name in stale if name.startswith("train")} == {"train@spike_nvpt"}
+    assert {name for name in stale if name.startswith("train")} == {f"train@{method}"}
 
 
 def test_dvc_exp_run_changes_a_value(copy):
     folder, _ = copy
     for command in ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-q", "-m", "all"]:
         subprocess.run(["git", *command], cwd=folder, check=True)
-    tried = call(folder, "dvc", "exp", "run", "-S", "robustness.severities=[2]", "-S", "robustness.sigmas=[0.2]")
+    tried = call(folder, "dvc", "exp", "run", "evaluate@lorsp", "-S", "robustness.severities=[2]", "-S", "robustness.sigmas=[0.2]")
     assert tried.returncode == 0, tried.stdout[-2000:] + tried.stderr[-2000:]
     assert "Running stage 'evaluate@lorsp'" in tried.stdout and "Running stage 'train" not in tried.stdout
     table = read_scores(["lorsp"], folder / "results/scores")
@@ -203,17 +209,11 @@ def test_a_wrong_value_stops_before_any_training(copy, groups, said):
 
 def test_a_method_made_from_the_template_appears_in_tables_figures_and_site(copy):
     folder, _ = copy
-    notebook = (folder / "nbs/template_method.ipynb").read_text().replace("# template: ", "")
-    (folder / "nbs/methods/32_tint.ipynb").write_text(notebook)
-    exported = call(folder, "nbdev-export")
-    assert exported.returncode == 0, exported.stderr
-    params(folder, methods={**TINY["methods"], "tint": None})
-    done = call(folder, "dvc", "repro")
-    params(folder)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "Running stage 'train@tint'" in done.stdout and "Running stage 'train@lorsp'" not in done.stdout
     assert "Tint" in set(pd.read_csv(folder / "results/verdicts.csv").variant)
-    assert "Tint" in (folder / "results/report.ipynb").read_text()
+    assert (
+        "Tint" in (folder / "results/report.ipynb").read_text()
+        and "Tint" in (folder / "results/figures/label-sprites_position-pareto.svg").read_text()
+    )
     gathered = call(folder, sys.executable, "tools/docs.py", "--gather")
     assert gathered.returncode == 0, gathered.stderr
     assert "strength" in (folder / "build/site/source/reference/spikeprompt.methods.tint.md").read_text()
