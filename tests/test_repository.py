@@ -120,6 +120,22 @@ def test_what_the_readme_says_of_the_experiment_is_what_it_found(finding):
     assert f"{-dense.difference.clean:.1f} points behind VPT on clean and {-dense.difference.corrupted:.1f} on noisy images" in finding
 
 
+def test_what_the_readme_says_of_lorsp_taken_apart_is_what_was_found(finding):
+    verdicts = pd.read_csv(ROOT / "experiments/lorsp/results/verdicts.csv").query("'LoRSP' in [variant, reference]")
+    verdicts = verdicts.set_index(["variant", "reference", "images"]).sort_index()
+    said = re.search(r"\* In LoRSP it is the image.*", finding)[0]
+    numbers = []
+    for control in "LoRSP, static", "shuffled images", "no carry", "magnitude mask":
+        rows = verdicts.loc[control, "LoRSP"].loc[["clean", "corrupted"]]
+        without_image = control in ("LoRSP, static", "shuffled images")
+        assert set(rows.verdict) == {"significantly worse" if without_image else "not significant"}
+        numbers += [f"{-value:.1f}" if without_image else f"{value:+.1f}" for value in rows.difference]
+    dense, pixels = (verdicts.loc["LoRSP", reference].loc[["clean", "corrupted"]] for reference in ("LoR-VP", "VP, all pixels"))
+    assert set(dense.verdict) == {"not significant"} and set(pixels.verdict) == {"significantly worse"}
+    numbers += [f"{-dense.difference.clean:.1f}", f"{dense.difference.corrupted:.1f}"]
+    assert re.findall(r"[+-]?\d+\.\d", said) == numbers
+
+
 def test_tracked_files_are_small_and_name_no_lock():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     sizes = {name: (ROOT / name).stat().st_size for name in listed if name and (ROOT / name).is_file()}
