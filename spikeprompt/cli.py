@@ -6,8 +6,9 @@
 __all__ = [
     "app",
     "Json",
-    "Adapter",
     "Weights",
+    "Extension",
+    "Adapter",
     "one_line_errors",
     "show",
     "backbones",
@@ -20,6 +21,8 @@ __all__ = [
     "reproduced",
     "read_data",
     "parse_settings",
+    "weights_folder",
+    "build_backbone",
     "adapt",
     "load_adapter",
     "read_labels",
@@ -43,6 +46,21 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Spiking prompts for frozen vision backbones."
 )
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Weights = Annotated[str, typer.Option(help="Folder of <backbone>.safetensors, relative to here, or hub to download; empty: packaged.")]
+Extension = Annotated[list[str], typer.Option(help="Module that registers methods of one's own; may be repeated.")]
+
+
+def _version(asked: bool):
+    if asked:
+        from spikeprompt import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False):
+    pass
 
 
 @contextmanager
@@ -81,14 +99,33 @@ def backbones(as_json: Json = False):
 
 
 @app.command()
-def methods(as_json: Json = False):
-    "List the methods; `adapt --set` changes a setting."
+def methods(
+    name: Annotated[str, typer.Argument(help="A method, to list its settings.")] = "", extension: Extension = [], as_json: Json = False
+):
+    "List the methods, or the settings of one, which `adapt --set` changes."
     from spikeprompt.prompts.base import method_class, packaged_methods
+    from spikeprompt.stages import import_extensions
 
     with one_line_errors():
-        found = {name: method_class(name) for name in packaged_methods()}
-        row = lambda name, cls: {"method": name, "name": cls.label, "settings": ", ".join(cls.config_class.model_fields)}
-        show([row(name, cls) for name, cls in found.items()], as_json)
+        import_extensions(extension)
+        if name:
+            fields = method_class(name).config_class.model_json_schema()["properties"]
+            show(
+                [{"setting": key, "default": str(about.get("default")), "what it is": _meaning(about)} for key, about in fields.items()],
+                as_json,
+            )
+        else:
+            found = {name: method_class(name) for name in packaged_methods()}
+            on = lambda cls: cls.placement if isinstance(cls.placement, str) else "tokens or padding"
+            show([{"method": name, "name": cls.label, "changes": on(cls)} for name, cls in found.items()], as_json)
+
+
+def _meaning(about: dict) -> str:  # of a setting, as its JSON schema has it
+    "Its description, and the values that are allowed."
+    choices = about.get("enum") or [value for kind in about.get("anyOf", []) for value in kind.get("enum", [])]
+    signs = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
+    allowed = [", ".join(map(str, choices))] if choices else [f"{sign} {about[key]:g}" for key, sign in signs.items() if key in about]
+    return about.get("description", "") + (f" ({' and '.join(allowed)})" if allowed else "")
 
 
 @app.command()
@@ -106,7 +143,7 @@ def datasets(as_json: Json = False):
 @app.command()
 def download(
     name: Annotated[str, typer.Argument(help="A timm name, torchvision_<its name>, or a dataset of torchvision's, e.g. cifar10.")],
-    folder: Annotated[str, typer.Option(help="Where to; weights, or data/<dataset>, if it is not given.")] = "",
+    folder: Annotated[str, typer.Option(help="Where to, relative to the project; weights, or data/<dataset>, if it is not given.")] = "",
 ):
     "Fetch a pretrained model or a dataset from its hub and keep it as files."
     from spikeprompt.backbones.loader import download
@@ -199,15 +236,40 @@ def read_data(data: Path, backbone):
     return dataset
 
 
-def parse_settings(settings: list[str]) -> dict:
-    "`name=value` pairs, values as in YAML; raises `ValueError`."
+def parse_settings(settings: list[str], flag: str = "--set") -> dict:
+    "`name=value` pairs, values as in params.yaml; raises `ValueError`."
     import yaml
 
-    pairs = [text.partition("=") for text in settings]
-    for name, equals, _ in pairs:
+    from spikeprompt.config import _Loader
+
+    found = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
         if not equals:
-            raise ValueError(f"--set {name}: name=value is needed")
-    return {name: yaml.safe_load(value) for name, _, value in pairs}
+            raise ValueError(f"{flag} {name}: name=value is needed")
+        if name in found:
+            raise ValueError(f"{flag} {name} stands twice")
+        try:
+            found[name] = yaml.load(value, _Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{flag} {text}: the value is not YAML: {getattr(error, 'problem', error)}") from None
+    return found
+
+
+def weights_folder(weights: str) -> str:  # absolute, as the loader would take another for a folder of the project's
+    "A folder of weights that the command line names."
+    return str(Path(weights).resolve()) if weights not in ("", "hub") else weights
+
+
+def build_backbone(name: str, weights: str, options: dict):
+    "A frozen backbone by its name; raises `ValueError`."
+    from spikeprompt.backbones.loader import build, create_backbone
+    from spikeprompt.backbones.pocket import pocket_names
+
+    if not weights and name not in pocket_names:
+        build(name)  # an unknown name is another mistake
+        raise ValueError(f"backbone {name!r} is not packaged: --weights FOLDER reads {name}.safetensors there, --weights hub downloads it")
+    return create_backbone(name, weights_folder(weights), **options)
 
 
 @app.command()
@@ -217,10 +279,15 @@ def adapt(
     backbone: Annotated[str, typer.Option(help="A packaged backbone or a timm name.")] = "pocket_vit",
     method: Annotated[str, typer.Option(help="As `spikeprompt methods` lists it.")] = "lorsp",
     setting: Annotated[list[str], typer.Option("--set", help="A setting of the method, name=value; may be repeated.")] = [],
-    weights: Annotated[str, typer.Option(help="Folder of weights files, or hub to download; empty: packaged.")] = "",
+    weights: Weights = "",
+    option: Annotated[list[str], typer.Option(help="Of the backbone, e.g. img_size=160 or pad_type=same; may be repeated.")] = [],
+    mapping: Annotated[
+        str, typer.Option(help="linear: prompt and head learn; label: the prompt alone, the backbone's classes stay.")
+    ] = "linear",
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 20,
     batch_size: Annotated[int, typer.Option(min=2, help="Images a step.")] = 32,
     seed: Annotated[int, typer.Option(min=0, help="Split, initialisation and order of the images.")] = 0,
+    extension: Extension = [],
     as_json: Json = False,
 ):
     "Train a prompt and a head on a folder of images, and write the adapter with a report card."
@@ -228,15 +295,18 @@ def adapt(
     from accelerate import PartialState
 
     from spikeprompt import adapt as work
-    from spikeprompt.backbones.loader import create_backbone
     from spikeprompt.config import TrainConfig, parse_config
     from spikeprompt.files import replacing, write_json
     from spikeprompt.prompts.base import create_prompt, method_class
+    from spikeprompt.stages import import_extensions
     from spikeprompt.training.head import to_pixels
 
     with one_line_errors():
+        import_extensions(extension)
         config = parse_config(method_class(method).config_class, parse_settings(setting), method)
-        build = lambda: create_backbone(backbone, weights)
+        training = parse_config(TrainConfig, {"epochs": epochs, "batch_size": batch_size, "mappings": [mapping]}, "train")
+        options = parse_settings(option, "--option")
+        build = lambda: build_backbone(backbone, weights, options)
         net = build()
         create_prompt(config, net)
         dataset = read_data(data, net)
@@ -248,8 +318,9 @@ def adapt(
             dataset,
             build,
             config,
-            TrainConfig(epochs=epochs, batch_size=batch_size),
-            seed=seed,
+            training,
+            mapping,
+            seed,
             report=lambda line: typer.echo(line, err=True),
         )
         if not PartialState().is_main_process:  # of several that `accelerate launch` started
@@ -265,14 +336,18 @@ def adapt(
 
 
 # %% ../nbs/97_cli.ipynb #c16
-def load_adapter(adapter: Path, weights: str):
+def load_adapter(adapter: Path, weights: str, extension: list[str]):
     "The model of an adapter, its backbone packaged or from a folder of weights; raises `ValueError`."
     from spikeprompt.backbones.loader import recorded_backbone
+    from spikeprompt.backbones.pocket import pocket_names
     from spikeprompt.model import PromptedModel, read_adapter
+    from spikeprompt.stages import import_extensions
 
-    if not weights:
-        return PromptedModel.from_pretrained(adapter)
-    return PromptedModel.from_pretrained(adapter, recorded_backbone(read_adapter(adapter)[0]["backbone"], weights))
+    import_extensions(extension)
+    backbone = read_adapter(adapter)[0]["backbone"]
+    if not weights and backbone["name"] not in pocket_names:
+        raise ValueError(f"{adapter}: its backbone {backbone['name']} is not packaged: --weights FOLDER or --weights hub is needed")
+    return PromptedModel.from_pretrained(adapter, recorded_backbone(backbone, weights_folder(weights)))
 
 
 def read_labels(adapter: Path) -> list[str]:
@@ -283,22 +358,29 @@ def read_labels(adapter: Path) -> list[str]:
 
 
 Adapter = Annotated[Path, typer.Argument(help="Folder that `adapt` wrote.")]
-Weights = Annotated[str, typer.Option(help="Folder of weights files, or hub; empty: packaged.")]
 
 
 @app.command()
 def predict(
-    adapter: Adapter, images: Annotated[list[Path], typer.Argument(help="Image files.")], weights: Weights = "", as_json: Json = False
+    adapter: Adapter,
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    weights: Weights = "",
+    extension: Extension = [],
+    as_json: Json = False,
 ):
     "Name the most probable class of each image."
     import torch
 
-    from spikeprompt.datasets.image_files import read_image
+    from spikeprompt.datasets.image_files import SUFFIXES, files_below, read_image
     from spikeprompt.training.head import outputs
 
     with one_line_errors():
-        model = load_adapter(adapter, weights)
+        model = load_adapter(adapter, weights, extension)
         names = read_labels(adapter)
+        below = lambda path: [file for file in files_below(path) if file.suffix.lower() in SUFFIXES]
+        images = [file for path in images for file in (below(path) if path.is_dir() else [path])]
+        if not images:
+            raise ValueError(f"no image is there; allowed are {', '.join(SUFFIXES)}")
         read = [read_image(path, model.backbone.input_size, model.backbone.interpolation)[0] for path in images]
         chances = outputs(model, torch.stack([torch.from_numpy(image) for image in read])).softmax(1)
         best = chances.max(1)
@@ -312,6 +394,7 @@ def evaluate(
     data: Annotated[Path, typer.Option(help="Folder of class folders, or an .npz file; its test part is used.")],
     sigma: Annotated[list[float], typer.Option(help="Standard deviation of Gaussian noise; may be repeated.")] = [0.1, 0.2],
     weights: Weights = "",
+    extension: Extension = [],
     as_json: Json = False,
 ):
     "Accuracy of an adapter on test images, clean and under noise."
@@ -321,7 +404,7 @@ def evaluate(
     from spikeprompt.config import RobustnessConfig
 
     with one_line_errors():
-        model = load_adapter(adapter, weights)
+        model = load_adapter(adapter, weights, extension)
         dataset = read_data(data, model.backbone)
         names = read_labels(adapter)
         if dataset.class_names != names:
@@ -336,6 +419,7 @@ def export(
     adapter: Adapter,
     out: Annotated[Path, typer.Argument(help="File to write: .pt2 for torch.export, .onnx for ONNX.")],
     weights: Weights = "",
+    extension: Extension = [],
 ):
     "Write backbone, prompt and head as one graph from images in [0, 1] to logits, and check that it gives the same logits."
     import torch
@@ -343,7 +427,8 @@ def export(
     with one_line_errors():
         if out.suffix not in (".pt2", ".onnx"):
             raise ValueError(f"{out}: the file is to end in .pt2 or .onnx")
-        model = load_adapter(adapter, weights).eval().requires_grad_(False)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        model = load_adapter(adapter, weights, extension).eval().requires_grad_(False)
         images = torch.rand(3, 3, *model.backbone.input_size, generator=torch.Generator().manual_seed(0))
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1024)},))
         with TemporaryDirectory(dir=out.resolve().parent) as unfinished:
@@ -356,7 +441,9 @@ def export(
                     import onnxruntime
                     import onnxscript  # noqa: F401
                 except ImportError as error:
-                    raise ValueError(f"{error.name} is needed for ONNX: pip install spikeprompt[onnx]") from None
+                    raise ValueError(
+                        f"{error.name} is needed for ONNX: `uv run --extra onnx spikeprompt export`, or pip install spikeprompt[onnx]"
+                    ) from None
                 torch.onnx.export(program, dynamo=True).save(str(file))
                 session = onnxruntime.InferenceSession(str(file))
                 found = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])

@@ -140,11 +140,11 @@ PAGE = """<div id="spikeprompt-play">
     part("step").max = last;
     if (!changed || changed === "method") part("step").value = last;
     const step = part("step").value, [first, second, third] = top.querySelectorAll("img");
-    first.src = found.noisy;
+    first.src = all.pictures[found.noisy];
     first.alt = `${image} with noise of ${all.sigmas[noise]}`;
-    second.src = found.steps[step];
+    second.src = all.pictures[found.steps[step]];
     second.alt = second.nextElementSibling.textContent = found.captions[step];
-    third.src = found.prompted[step];
+    third.src = all.pictures[found.prompted[step]];
     third.alt = `${image} with noise and prompt`;
     const said = top.querySelectorAll("output");
     said[0].textContent = `σ = ${all.sigmas[noise]}`;
@@ -175,15 +175,20 @@ def page(
 ) -> str:  # HTML with a script, which asks no host for anything
     "A page to play with, all its values computed."
 
+    places = {}  # of each picture in the list of all: many scenes share one
+
+    def place(picture):
+        return places.setdefault(as_uri(picture), len(places))
+
     def packed(model, image, sigma):
         found = asdict(scene(model, image, sigma, class_names))
-        return found | {key: [as_uri(x) for x in found[key]] for key in ("steps", "prompted")} | {"noisy": as_uri(found["noisy"])}
+        return found | {key: [*map(place, found[key])] for key in ("steps", "prompted")} | {"noisy": place(found["noisy"])}
 
     scenes = {
         method: {name: [packed(model, image, sigma) for sigma in sigmas] for name, image in images.items()}
         for method, model in models.items()
     }
-    data = json.dumps({"scenes": scenes, "images": list(images), "sigmas": sigmas}, ensure_ascii=False)
+    data = json.dumps({"scenes": scenes, "pictures": [*places], "images": list(images), "sigmas": sigmas}, ensure_ascii=False)
     return PAGE.replace("DATA", data.replace("</", "<\\/"))
 
 

@@ -7,13 +7,21 @@ from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from spikeprompt import __version__
+from spikeprompt.adapt import adapt
+from spikeprompt.backbones.loader import create_backbone
+from spikeprompt.baselines.lor_vp import LoRVPConfig
 from spikeprompt.cli import app
+from spikeprompt.config import DatasetConfig, TrainConfig
 from spikeprompt.datasets.base import DataError
 from spikeprompt.datasets.image_files import read_image, read_image_folder
+from spikeprompt.datasets.readers import read_dataset
 from spikeprompt.files import read_json, write_json
 from spikeprompt.model import PromptedModel
 
@@ -99,10 +107,58 @@ def test_exported_graphs_give_the_same_logits_for_any_batch(suffix, adapter, tmp
     torch.testing.assert_close(found, model(images), rtol=0, atol=1e-4)
 
 
+def test_a_folder_is_predicted_image_by_image(folder, adapter):
+    rows = json.loads(call("predict", adapter[0], folder / "red", "--json").stdout)
+    assert len(rows) == 30 and {row["class"] for row in rows} == {"red"}
+    assert "no image is there" in refused("predict", adapter[0], adapter[0])
+
+
+def test_a_method_of_ones_own_on_a_backbone_with_options_under_label_mapping(folder, tmp_path, monkeypatch):
+    module = """
+from spikeprompt.baselines.lor_vp import LoRVP, LoRVPConfig
+from spikeprompt.prompts.base import register_method
+
+class OwnConfig(LoRVPConfig):
+    pass
+
+@register_method("own_factors")
+class OwnFactors(LoRVP):
+    config_class, label = OwnConfig, "own factors"
+"""
+    (tmp_path / "own_methods.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    own, weights = ["--extension", "own_methods"], tmp_path / "weights"
+    weights.mkdir()
+    backbone = timm.create_model("test_resnet", num_classes=20)  # of another size than the packaged ones, and from a folder
+    save_file(backbone.state_dict(), weights / "test_resnet.safetensors")
+    monkeypatch.chdir(tmp_path)  # the folder of weights is relative to here
+    chosen = ["--backbone", "test_resnet", "--weights", "weights", "--option", "num_classes=20", "--option", "img_size=64"]
+    asked = ["--method", "own_factors", "--set", "rank=1", "--set", "lr=1e-2", "--mapping", "label", "--epochs", 1, "--json"]
+    done = call("adapt", "--data", folder, "--out", "made", *chosen, *asked, *own)
+    assert done.exit_code == 0, done.output
+    assert list(json.loads(done.stdout)[0]) == ["images", "no prompt", "own factors"]
+    card = unescape((tmp_path / "made/report.html").read_text())
+    assert "384 parameters of own factors were trained" in card and "one for each label" in card
+    found = json.loads(call("evaluate", "made", "--data", folder, "--weights", "weights", *own, "--json").stdout)
+    assert found[0]["accuracy (%)"] == json.loads(done.stdout)[0]["own factors"]
+    assert "is not packaged: --weights FOLDER" in refused("evaluate", "made", "--data", folder, *own)
+
+
+def test_what_a_head_gains_from_noise_is_not_credited_to_the_prompt():
+    few = read_dataset("fashion_mnist", DatasetConfig(folder="data/fashion_mnist")).first(300)
+    config, training = LoRVPConfig(lr=1e-8, image_noise=0.2), TrainConfig(epochs=1, batch_size=64)
+    scores = adapt(few, lambda: create_backbone("pocket_vit"), config, training, report=lambda line: None).scores
+    assert (scores["LoR-VP"] - scores["no prompt"]).abs().max() < 3
+
+
 def test_lists_name_what_there_is():
     assert {row["backbone"] for row in json.loads(call("backbones", "--json").stdout)} >= {"pocket_vit", "pocket_mixer"}
     methods = {row["method"]: row for row in json.loads(call("methods", "--json").stdout)}
-    assert "rank" in methods["lorsp"]["settings"] and "lorsp_no_carry" in methods
+    assert methods["vpt"]["changes"] == "tokens or padding" and "lorsp_no_carry" in methods
+    settings = {row["setting"]: row for row in json.loads(call("methods", "lorsp", "--json").stdout)}
+    assert settings["rank"]["default"] == "4" and "(>= 1 and <= 64)" in settings["rank"]["what it is"]
+    assert settings["thresholds"]["what it is"].endswith("(homeostatic, fixed, learned)")
+    assert call("--version").stdout.strip() == __version__
     assert {row["dataset"] for row in json.loads(call("datasets", "--json").stdout)} >= {"fashion_mnist", "sprites_position"}
     for command in "adapt", "evaluate", "predict", "export", "check", "download", "pack-data":
         assert call(command, "--help").exit_code == 0
@@ -184,7 +240,14 @@ def test_a_faulty_folder_is_one_line_and_nothing_is_written(kind, said, tmp_path
         (["--set", "rank=zero"], "lorsp.rank = 'zero': input should be a valid integer"),
         (["--set", "rnak=2"], "lorsp.rnak is not a setting"),
         (["--set", "rank"], "--set rank: name=value is needed"),
-        (["--backbone", "resnet18"], "resnet18.safetensors is missing"),
+        (["--set", "rank=["], "--set rank=[: the value is not YAML"),
+        (["--set", "rank=2", "--set", "rank=3"], "--set rank stands twice"),
+        (["--set", "lr=1e3"], "lorsp.lr = 1000.0: input should be less than or equal to 100"),
+        (["--backbone", "resnet18"], "backbone 'resnet18' is not packaged: --weights FOLDER"),
+        (["--backbone", "resnet18", "--weights", "none"], "/none/resnet18.safetensors is missing"),
+        (["--option", "img_sise=64"], "img_sise"),
+        (["--mapping", "table"], "train.mappings"),
+        (["--extension", "no_such_module"], "extensions = 'no_such_module'"),
         (["--method", "vpt", "--set", "placement=tokens"], "placement"),
         (["--data", "/nowhere"], "/nowhere is no folder"),
     ],

@@ -66,7 +66,7 @@ def copy(tmp_path_factory):
     (folder / "dvc.lock").unlink(missing_ok=True)
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     notebook = (folder / "nbs/template_method.ipynb").read_text().replace("# template: ", "")
-    (folder / "nbs/methods/32_tint.ipynb").write_text(notebook)
+    (folder / "nbs/methods/33_tint.ipynb").write_text(notebook)
     params(folder)
     for command in ["nbdev-export"], ["dvc", "repro"]:
         done = call(folder, *command)

@@ -58,12 +58,14 @@ def test_the_page_holds_every_scene_and_asks_no_host(models, images):
     html = page(models, images, [0.0, 0.2], NAMES)
     assert html.count("</script>") == 1 and "http" not in html
     data = json.loads(re.search(r"const all = (.*), top = ", html)[1])
+    assert len(data["pictures"]) == len(set(data["pictures"]))
     for method, model in models.items():
         for name in images:
             for number, sigma in enumerate(data["sigmas"]):
                 packed, found = data["scenes"][method][name][number], scene(model, images[name], sigma, NAMES)
                 assert packed["answers"] == found.answers and packed["captions"] == found.captions
-                for uri, expected in zip([packed["noisy"], *packed["steps"]], [found.noisy, *found.steps], strict=True):
+                for place, expected in zip([packed["noisy"], *packed["steps"]], [found.noisy, *found.steps], strict=True):
+                    uri = data["pictures"][place]
                     shown = Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")
                     assert np.array_equal(np.asarray(shown), expected)
 
