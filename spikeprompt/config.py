@@ -69,7 +69,7 @@ def did_you_mean(
     allowed: list[str],
 ) -> str:  # the end of an error's line; empty if no allowed name is near
     "Offer the allowed names that are nearest to an unknown one."
-    near = get_close_matches(str(name), allowed, 3)
+    near = get_close_matches(str(name), dict.fromkeys(allowed), 3)
     return f"; did you mean {', '.join(near)}?" if near else ""
 
 

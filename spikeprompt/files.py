@@ -42,6 +42,9 @@ def replacing(
     unfinished = path.with_name(f".{path.name}.new")
     try:
         yield unfinished
+        mask = os.umask(0)
+        os.umask(mask)
+        unfinished.chmod(0o666 & ~mask)  # as for any file; safetensors makes one that its owner alone can read
         with open(unfinished, "rb") as file:
             os.fsync(file.fileno())
         unfinished.replace(path)

@@ -66,9 +66,7 @@ class Mark:
 
     def __init__(self, module: nn.Module):
         if "has_prompt" in vars(module):
-            raise ValueError(
-                f"backbone {type(module).__name__}: a prompt is attached already; `unload` its PromptedModel first, or copy the backbone"
-            )
+            raise ValueError(f"backbone {type(module).__name__}: a prompt is attached already; `unload` its PromptedModel first")
         self.module = module
         module.has_prompt = True
 
@@ -157,15 +155,21 @@ class PromptedModel(nn.Module):
         self._check(images)
         if not len(images):
             raise ValueError("images are none: some training images are needed")
+        low, high = images.min().item(), images.max().item()
+        if not (-0.01 <= low and high <= 1.01):  # a NaN is neither
+            raise ValueError(
+                f"images have values from {low:.3g} to {high:.3g}: [0, 1] is needed, without mean and std, which the model applies"
+            )
         with self.disable_adapter():
             self.prompt.calibrate(images, self.backbone)
 
     def num_trainable_parameters(self) -> dict[str, int]:  # prompt, head, all
-        "Trainable parameters of prompt and head, and all that there are."
+        "Trainable parameters of prompt and head, and all that a forward pass has."
+        replaced = sum(p.numel() for p in self.prompt.weights().values() if isinstance(p, nn.Parameter))  # the backbone's own
         return {
             "prompt": num_parameters(self.prompt),
             "head": num_parameters(self.head),
-            "all": sum(p.numel() for p in self.parameters()),
+            "all": sum(p.numel() for p in self.parameters()) - replaced,
         }
 
     def print_trainable_parameters(self):
@@ -213,7 +217,11 @@ class PromptedModel(nn.Module):
         self,
         folder: str | Path,  # made if it is not there
     ):
-        "Write the two files of the adapter: tensors of prompt and head, and their description; no partial files."
+        "Write the two files of the adapter: tensors of prompt and head, and their description; no partial files; raises `ValueError`."
+        if not isinstance(self.head, Head):
+            raise ValueError(
+                f"head is a {type(self.head).__name__}: an adapter holds a spikeprompt.model.Head, whose linear layer may be set"
+            )
         folder, backbone = Path(folder), self.backbone
         record = {
             "spikeprompt_version": __version__,
@@ -227,6 +235,7 @@ class PromptedModel(nn.Module):
                 "std": backbone.std.flatten().tolist(),
                 "num_features": backbone.num_features,
                 "options": backbone.options,
+                **({} if backbone.dtype == torch.float32 else {"dtype": str(backbone.dtype).removeprefix("torch.")}),
             },
             "num_classes": self.head.linear.out_features,
         }
@@ -241,19 +250,26 @@ class PromptedModel(nn.Module):
         backbone: nn.Module | None = None,  # the model that it was trained on; None: a packaged pocket model
     ) -> "PromptedModel":  # in evaluation mode
         "Put an adapter on its backbone; raises `ValueError` for another backbone, `ConfigError` for an unknown method."
+        if isinstance(backbone, PromptedModel):
+            raise ValueError("backbone is a PromptedModel: the bare model is needed, e.g. what its `unload` returns")
         record, state = read_adapter(folder)
         known = record["backbone"]
-        size = tuple(known["input_size"])
+        size, kept = tuple(known["input_size"]), getattr(torch, known.get("dtype", "float32"))
         if backbone is None:
             if known["name"] not in pocket_names:
                 raise ValueError(
                     f"{folder}: its backbone is {known['name']}, which is not packaged: pass the model, e.g. timm.create_model or, from a "
                     "folder of weights, backbones.loader.recorded_backbone(read_adapter(folder)[0]['backbone'], weights)"
                 )
-            backbone = recorded_backbone(known)
+            backbone = recorded_backbone(known).to(kept)
         if not isinstance(backbone, Backbone):
             described = {} if hasattr(backbone, "pretrained_cfg") else {"name": known["name"]}
             backbone = Backbone(backbone, tuple(known["mean"]), tuple(known["std"]), known["num_features"], size, **described)
+        for what, here, there in ("dtype", backbone.dtype, kept), ("input size", backbone.input_size, size):
+            if here != there:
+                raise ValueError(
+                    f"{folder}: trained on {known['name']} of {what} {there}, not {here}; a loaded model can be cast with `.to`"
+                )
         found = fingerprint(backbone)
         if found != known["fingerprint"]:
             expected = f"{known['name']} with fingerprint {known['fingerprint'][:12]}"
@@ -373,8 +389,8 @@ def get_prompted_model(
         raise ValueError(f"model is a {type(model).__name__}: a bare nn.Module is needed, e.g. timm.create_model or what `unload` returns")
     if not isinstance(config, Config):
         raise ValueError(f"config = {config!r}: an instance of a method's config is needed, e.g. LoRSPConfig()")
-    if num_classes < 1:
-        raise ValueError(f"num_classes = {num_classes}: at least 1 is needed")
+    if type(num_classes) is not int or num_classes < 1:
+        raise ValueError(f"num_classes = {num_classes!r}: an integer of at least 1 is needed")
     backbone = model if isinstance(model, Backbone) else Backbone(model, mean, std, num_features, input_size)
     prompt = create_prompt(config, backbone)
     device = next((p.device for p in backbone.model.parameters()), torch.device("cpu"))

@@ -162,6 +162,12 @@ def test_an_interrupted_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert read_json(tmp_path / "a.json", "") == {"x": 1} and [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_a_file_is_as_readable_as_any_other(prompted, tmp_path):
+    (tmp_path / "other").touch()
+    prompted("pocket_resnet", "lor_vp").save_pretrained(tmp_path)
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):

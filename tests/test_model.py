@@ -15,6 +15,7 @@ from torch import nn
 import spikeprompt
 from spikeprompt.backbones.loader import Backbone, create_backbone, fingerprint
 from spikeprompt.backbones.pocket import pocket_names
+from spikeprompt.baselines.bias_tuning import BiasTuningConfig
 from spikeprompt.baselines.full_finetuning import FullFinetuningConfig
 from spikeprompt.baselines.lor_vp import LoRVPConfig
 from spikeprompt.baselines.vpt import VPTConfig
@@ -210,11 +211,33 @@ def test_a_compiled_model_trains(images):
     assert model.prompt.b.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", ["lorsp", "spike_nvpt", "vpt", "lor_vp"])
-def test_half_precision(method, prompted, images):
-    model = prompted("pocket_vit", method).eval().to(torch.bfloat16)
-    logits = model(images.to(torch.bfloat16))
-    assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name, method", [*[("pocket_vit", method) for method in ("lorsp", "spike_nvpt", "vpt", "lor_vp", "evp")], ("pocket_resnet", "vpt")]
+)
+def test_half_precision(name, method, dtype, prompted, images, tmp_path):
+    model = prompted(name, method).eval().to(dtype)
+    logits = model(images.to(dtype))
+    assert logits.dtype == dtype and logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    again = PromptedModel.from_pretrained(tmp_path).to(dtype)
+    assert (again(images.to(dtype)) - logits).abs().max() < 0.05 * logits.abs().max()  # convolutions of another memory format
+    with pytest.raises(ValueError, match=f"trained on {name} of dtype {dtype}, not torch.float32"):
+        PromptedModel.from_pretrained(tmp_path, timm.create_model(name, pretrained=True))
+
+
+def test_gradient_checkpointing_is_refused_where_it_would_compute_with_other_weights(images):
+    model = get_prompted_model(timm.create_model("pocket_vit", pretrained=True), BiasTuningConfig(), 3)
+    model.backbone.model.set_grad_checkpointing(True)
+    with pytest.raises(ValueError, match="gradient checkpointing"):
+        model(images)
+    with torch.no_grad():
+        assert model(images).shape == (16, 3)
+
+
+def test_printed_a_model_shows_the_settings_of_its_prompt():
+    model = get_prompted_model(timm.create_model("pocket_resnet"), LoRSPConfig(rank=2), 3)
+    assert "LoRSP(rank=2)" in repr(model)
 
 
 @pytest.mark.parametrize(
@@ -290,6 +313,21 @@ def test_a_frozen_head_is_not_counted(prompted):
     assert model.num_trainable_parameters()["head"] == 10 * (128 + 1)
     model.head.requires_grad_(False)
     assert model.num_trainable_parameters()["head"] == 0
+
+
+def test_weights_that_replace_the_backbones_are_counted_once():
+    backbone = timm.create_model("pocket_vit", num_classes=0)
+    own = sum(p.numel() for p in backbone.parameters())
+    count = get_prompted_model(backbone, FullFinetuningConfig(), 10).num_trainable_parameters()
+    assert count["prompt"] == own and count["all"] == own + count["head"]
+
+
+def test_a_head_of_another_class_is_not_saved(prompted, tmp_path):
+    model = prompted("pocket_vit", "lor_vp")
+    model.head = nn.Linear(128, 10)
+    with pytest.raises(ValueError, match="head is a Linear"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_head_of_the_classifiers_rows_is_saved_like_any_other(prompted, images, tmp_path):
@@ -371,7 +409,7 @@ def test_an_attach_that_fails_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="no room"):
         PromptedModel(Backbone(own), Refusing(PromptConfig(), None), nn.Identity())
     assert "has_prompt" not in vars(own) and own.conv1[0].weight.requires_grad and own.training
-    with pytest.raises(ValueError, match="num_classes = 0: at least 1 is needed"):
+    with pytest.raises(ValueError, match="num_classes = 0: an integer of at least 1 is needed"):
         get_prompted_model(own, LoRVPConfig(), 0)
 
 
@@ -413,7 +451,13 @@ def test_what_is_no_model_no_config_or_no_image_is_said_in_one_line(images):
             r"input_size = \(3, 32, 32\): a tuple of 2 numbers",
         ),
         (lambda: get_prompted_model(backbone, LoRVPConfig(), 3, mean=0.5), "mean = 0.5: a tuple of 3 numbers is needed"),
+        (lambda: get_prompted_model(backbone, LoRVPConfig(), 3, std=(0.0, 1.0, 1.0)), r"std = \(0.0, 1.0, 1.0\): numbers above 0"),
+        (lambda: get_prompted_model(backbone, LoRVPConfig(), 2.5), "num_classes = 2.5: an integer"),
+        (lambda: get_prompted_model(backbone, LoRVPConfig(), True), "num_classes = True: an integer"),
+        (lambda: PromptedModel.from_pretrained("nowhere", model), "backbone is a PromptedModel"),
         (lambda: model.calibrate(images[:0]), "images are none"),
+        (lambda: model.calibrate(255 * images), r"images have values from .* \[0, 1\] is needed, without mean and std"),
+        (lambda: model.calibrate(images * torch.nan), "images have values from nan to nan"),
         (lambda: model.calibrate((255 * images).byte()), "images are torch.uint8"),
         (lambda: model(images.numpy()), "images are ndarray"),
     ]:

@@ -62,6 +62,8 @@ class Backbone(nn.Module):
         for key, values, count in ("mean", mean, 3), ("std", std, 3), ("input_size", input_size, 2):
             if values is not None and (not isinstance(values, tuple | list) or len(values) != count):
                 raise ConfigError(f"{key} = {values!r}: a tuple of {count} numbers is needed")
+        if std is not None and min(std) <= 0:
+            raise ConfigError(f"std = {std!r}: numbers above 0 are needed")
         if not self.is_timm and None in (mean, std, num_features):
             raise ConfigError(f"backbone {type(model).__name__}: not a timm model, so mean=, std= and num_features= are needed")
         known = resolve_model_data_config(model) if self.is_timm else {"input_size": (3, 224, 224), "interpolation": "bilinear"}
@@ -78,6 +80,11 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True):
         "Stay in evaluation mode: batch statistics and dropout belong to pretraining."
         return super().train(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        "That of the model's parameters."
+        return next((p.dtype for p in self.model.parameters()), torch.float32)
 
     @property
     def classifier(self) -> nn.Linear | None:

@@ -63,6 +63,10 @@ class Prompt(nn.Module):
         super().__init__()
         self.config = config
 
+    def extra_repr(self) -> str:
+        "The settings that are not the default."
+        return ", ".join(f"{name}={value!r}" for name, value in self.config.model_dump(exclude_defaults=True).items())
+
     def pixels(
         self,
         images: Tensor,  # [B, 3, H, W] in [0, 1]

@@ -41,6 +41,7 @@ class Padding(nn.Module):
     ) -> Tensor:  # [B, 3, H, W]
         "Resize the images and put the values around them."
         inner = [side - 2 * self.pad_width for side in self.size]
-        small = interpolate(images, inner, mode="bilinear", antialias=True)
+        half = images.dtype in (torch.bfloat16, torch.float16)  # which a CPU does not interpolate
+        small = interpolate(images.float() if half else images, inner, mode="bilinear", antialias=True).to(images.dtype)
         prompt = images.new_zeros(3, *self.size).masked_scatter(self.mask, values.to(images.dtype))
         return pad(small, [self.pad_width] * 4) + prompt

@@ -6,6 +6,7 @@
 __all__ = ["BareBackbone", "features_with", "WeightPrompt"]
 
 # %% ../../nbs/prompts/24_weights.ipynb #c02
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -35,7 +36,11 @@ def features_with(
     parameters: dict[str, Tensor],  # name in the backbone's model -> what replaces it
     images: Tensor,  # [B, 3, H, W] in [0, 1]
 ) -> Tensor:  # features [B, D]
-    "Features of a backbone with other parameters in the place of its own, for this call only."
+    "Features of a backbone with other parameters in the place of its own, for this call only; raises `ValueError`."
+    if torch.is_grad_enabled() and any(getattr(module, "grad_checkpointing", False) for module in backbone.model.modules()):
+        raise ValueError(
+            f"{backbone.name}: gradient checkpointing would compute again with its own weights: `set_grad_checkpointing(False)`"
+        )
     return functional_call(BareBackbone(backbone), {f"backbone.model.{name}": p for name, p in parameters.items()}, (images,))
 
 

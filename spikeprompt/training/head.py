@@ -70,6 +70,7 @@ def fit_head(
     strengths: list[float],  # inverse L2 strengths C to choose from
 ) -> tuple[Head, float]:  # the head that validates best, its validation accuracy in [0, 1]
     "Logistic regression on features standardised by the training statistics."
+    train, val = ((features.detach().cpu(), labels.cpu()) for features, labels in (train, val))
     mean, std = train[0].mean(0), train[0].std(0).clamp(min=1e-6)
     x_train, x_val = (((features - mean) / std).numpy() for features, _ in (train, val))
     model, best, best_accuracy = LogisticRegression(max_iter=1000, warm_start=True), None, -1.0
