@@ -5,6 +5,8 @@ stale stage one run is drawn and compared with its rows of the committed score t
 anything differs, dvc.lock stays as it is, and `dvc repro` is what is needed. Trained prompts, which are not in git, need not be there.
 """
 
+import os
+import platform
 import random
 import subprocess
 import sys
@@ -17,7 +19,9 @@ import yaml
 from dvc.utils.serialize import modify_yaml
 from pandas.testing import assert_frame_equal
 
-from spikeprompt.engine import _parse, _write_out, import_closure
+from spikeprompt.engine import INPUTS, X86, _parse, _write_out, import_closure
+
+os.environ.update(INPUTS | (X86 if platform.machine() in ("x86_64", "AMD64") else {}))  # as in a stage, before torch is imported
 from spikeprompt.evaluation.evaluate import evaluate_run
 from spikeprompt.evaluation.scores import read_scores, write_scores
 from spikeprompt.evaluation.statistics import compare, pairs, questions
@@ -55,7 +59,8 @@ def check_rows(method: str, runs: str, results: str):
     table = read_scores([method], f"{results}/scores")
     for run, found in zip(drawn.values(), run_parallel(anew, [(*stages, run, f"{runs}/prepared") for run in drawn.values()])):
         rows = table[(table[RUN] == list(run)).all(axis=1)].dropna(axis=1, how="all").reset_index(drop=True)
-        assert_frame_equal(found.dropna(axis=1, how="all")[rows.columns], rows, check_exact=True, obj=f"{results}: {run}")
+        found = found.dropna(axis=1, how="all")[rows.columns]
+        assert_frame_equal(found, rows, check_exact=True, check_dtype=False, obj=f"{results}: {run}")
     print(f"{results}: {method}: {len(drawn)} runs are equal", flush=True)
 
 
