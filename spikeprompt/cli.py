@@ -170,14 +170,26 @@ def pack_data(source: Annotated[Path, typer.Argument(help="Folder with the four 
 def check(
     params: Annotated[Path, typer.Argument(help="The params file.")] = Path("params.yaml"),
     out: Annotated[str, typer.Option(help="Folder of the stages' files.")] = "runs/stages",
+    checksums: Annotated[
+        Path | None, typer.Option(help="File that keeps the checksums of weights and data, and has them where the files are elsewhere.")
+    ] = None,
 ):
     "Check an experiment and write what each of its stages depends on."
     from spikeprompt.config import ConfigError, read_params
-    from spikeprompt.experiment import check_experiment, parse_experiment, write_stages
+    from spikeprompt.experiment import absent_folders, check_experiment, checksums_of, parse_experiment, write_stages
+    from spikeprompt.files import read_json, write_json
 
     with one_line_errors():
         try:
-            write_stages(check_experiment(parse_experiment(read_params(params))), out)
+            recorded = read_json(checksums, f"`git checkout -- {checksums}`") if checksums and checksums.is_file() else None
+            config = parse_experiment(read_params(params))
+            records = check_experiment(config, recorded)
+            for folder in absent_folders(config):
+                typer.echo(f"{folder} is not there: its recorded checksums are taken; training and testing need its files", err=True)
+            if checksums and checksums_of(records) != recorded:
+                checksums.parent.mkdir(parents=True, exist_ok=True)
+                write_json(checksums, checksums_of(records))
+            write_stages(records, out)
         except ConfigError as error:
             typer.echo(str(error) if str(error).startswith(str(params)) else f"{params}: {error}", err=True)
             raise typer.Exit(2) from None

@@ -12,7 +12,9 @@ __all__ = [
     "dataset_checksum",
     "check_tuned",
     "check_classes",
+    "absent_folders",
     "check_experiment",
+    "checksums_of",
     "write_stages",
 ]
 
@@ -145,10 +147,20 @@ def check_classes(
                 )
 
 
+def absent_folders(
+    config: ExperimentConfig,
+) -> list[str]:  # relative to the project
+    "Folders of weights and images that are on another machine."
+    named = {config.backbones.weights, *(settings.folder for settings in config.datasets.values())} - {"", "hub"}
+    return sorted(folder for folder in named if not (project_root() / folder).is_dir())
+
+
 def check_experiment(
     config: ExperimentConfig,
+    recorded: dict[str, dict[str, str]] | None = None,  # from `checksums_of`; taken where the files themselves are elsewhere
 ) -> dict[str, dict]:  # stage -> its record
     "Check the consistency of a configuration and return the record of every stage; raises `ConfigError` or `DataError`."
+    recorded, absent = recorded or {"weights": {}, "data": {}}, absent_folders(config)
     if "no_prompt" not in config.methods:
         raise ConfigError(f"methods = {list(config.methods)}: no_prompt must be one of them, every table refers to it")
     for check in conditions, attack_conditions, fault_conditions:
@@ -157,11 +169,15 @@ def check_experiment(
         if name not in config.datasets:
             raise ConfigError(f"robustness.files.{name} is of no dataset; allowed are {', '.join(config.datasets)}")
     config = config.model_copy(update={"tuned": config.tuned.model_copy(update={"values": read_tuned(config)})})
-    backbones = [create_backbone(name, **config.backbones.arguments(name)) for name in config.backbones.names]
+    known = config.backbones.weights in absent and recorded["weights"].keys() >= set(config.backbones.names)
+    backbones = [create_backbone(name, **config.backbones.arguments(name)) for name in config.backbones.names if not known]
     check_variants(config, backbones)
     check_tuned(config)
     data, labels = {}, {}
     for name, settings in config.datasets.items():
+        if settings.folder in absent and name in recorded["data"]:
+            data |= {key: value for key, value in recorded["data"].items() if key.split()[0] == name}
+            continue
         dataset = read_dataset(name, settings)
         split(dataset, settings, config.train.seeds[0], name)
         data[name], labels[name] = dataset_checksum(dataset), len(dataset.class_names)
@@ -172,11 +188,19 @@ def check_experiment(
             data[f"{name} {corruption}"] = sha256(torch.stack(found).numpy()).hexdigest()
     check_classes(config, backbones, labels)
     weights = {backbone.name: fingerprint(backbone, classifier=True) for backbone in backbones}
+    weights |= {name: recorded["weights"][name] for name in config.backbones.names if known}
     records = {"prepare": stage_record(config, "prepare", data=data), "report": stage_record(config, "report")}
     for method in config.methods:
         for stage in "train", "tune", "evaluate":
             records[f"{stage}-{method}"] = stage_record(config, stage, method, weights=weights)
     return records
+
+
+def checksums_of(
+    records: dict[str, dict],  # from `check_experiment`
+) -> dict[str, dict[str, str]]:  # weights and data -> name -> sha256 in hex
+    "Checksums of all weights and data of an experiment."
+    return {"weights": records["train-no_prompt"]["weights"], "data": records["prepare"]["data"]}
 
 
 # %% ../nbs/94_experiment.ipynb #c10

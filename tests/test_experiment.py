@@ -9,12 +9,16 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import timm
+import yaml
+from typer.testing import CliRunner
 
 from spikeprompt.backbones.loader import Backbone
+from spikeprompt.backbones.pocket import packaged_weights
+from spikeprompt.cli import app
 from spikeprompt.config import ConfigError, DatasetConfig, project_root, read_params
 from spikeprompt.datasets.base import DataError
 from spikeprompt.datasets.readers import read_dataset
-from spikeprompt.experiment import NOTEBOOKS, check_classes, check_experiment, stage_record, write_stages
+from spikeprompt.experiment import NOTEBOOKS, check_classes, check_experiment, checksums_of, stage_record, write_stages
 from spikeprompt.stages import parse_experiment, read_stage, run_settings
 
 
@@ -247,3 +251,30 @@ def test_corrupted_images_of_others_are_part_of_what_prepare_depends_on(tmp_path
         check(cifar10=str(tmp_path))
     with pytest.raises(DataError, match="fog.npy or its labels.npy cannot be read"):
         check(sprites_position=str(tmp_path / "nowhere"))
+
+
+def test_where_weights_and_images_are_elsewhere_their_recorded_checksums_count(tmp_path):
+    weights, data = tmp_path / "weights", tmp_path / "images"
+    shutil.copytree(packaged_weights, weights)
+    shutil.copytree(project_root() / "data/fashion_mnist", data)
+    params = changed("datasets", {"fashion_mnist": {"folder": str(data)}}) | {
+        "backbones": {"names": ["pocket_mixer"], "weights": str(weights)},
+        "methods": {"no_prompt": None, "lorsp": None},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
+    words = ["check", str(tmp_path / "params.yaml"), "--out", str(tmp_path / "stages"), "--checksums", str(tmp_path / "checksums.json")]
+    found = []
+    for _ in range(2):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0
+        found.append({path.name: path.read_bytes() for path in [*(tmp_path / "stages").glob("*.json"), tmp_path / "checksums.json"]})
+        shutil.rmtree(weights, ignore_errors=True), shutil.rmtree(data, ignore_errors=True)
+    assert found[0] == found[1]
+    assert f"{weights} is not there: its recorded checksums are taken" in done.stderr and str(data) in done.stderr
+    more = parse_experiment(params | {"backbones": {"names": ["pocket_mixer", "pocket_vit"], "weights": str(weights)}})
+    with pytest.raises(ConfigError, match="pocket_mixer.safetensors is missing"):  # nothing is recorded of the other
+        check_experiment(more, checksums_of({name.removesuffix(".json"): json.loads(record) for name, record in found[0].items()}))
+    damaged = json.loads((tmp_path / "checksums.json").read_text()) | {"data": {"fashion_mnist": "0" * 64}}
+    (tmp_path / "checksums.json").write_text(json.dumps(damaged))
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1 and "checksums.json" in done.stderr
