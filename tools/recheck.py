@@ -1,8 +1,9 @@
 """After a change of code that cannot change results: train and test some runs anew and, if they are equal, record the present code.
 
 `uv run python tools/recheck.py [experiment ...]`: folders with a dvc.yaml; the one at the top if none is named. Of every variant of every
-stale stage one run is drawn and compared with its rows of the committed score table, to the bit; the verdicts are computed again. Where
-anything differs, dvc.lock stays as it is, and `dvc repro` is what is needed. Trained prompts, which are not in git, need not be there.
+stale stage one run is drawn and compared with its rows of the committed score table, to the bit (of a search: the first trial of one
+backbone for each protocol); the verdicts are computed again. Where anything differs, dvc.lock stays as it is, and `dvc repro` is what is
+needed. Trained prompts, which are not in git, need not be there.
 """
 
 import os
@@ -26,9 +27,10 @@ from spikeprompt.evaluation.evaluate import evaluate_run
 from spikeprompt.evaluation.scores import read_scores, write_scores
 from spikeprompt.evaluation.statistics import compare, pairs, questions
 from spikeprompt.prompts.base import method_class
-from spikeprompt.stages import RUN, all_runs, read_stage
+from spikeprompt.stages import COORDINATES, RUN, all_runs, read_stage
 from spikeprompt.training.parallel import run_parallel
 from spikeprompt.training.runs import train_run
+from spikeprompt.training.search import tune
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = "nbs/pipeline/102_train.ipynb", "nbs/pipeline/103_evaluate.ipynb", "nbs/pipeline/104_figures.ipynb"
@@ -64,6 +66,16 @@ def check_rows(method: str, runs: str, results: str):
     print(f"{results}: {method}: {len(drawn)} runs are equal", flush=True)
 
 
+def check_trials(method: str, stage: str, prepared: str, path: Path):
+    "Compare the first trial of one search of each protocol with the committed table; raises `AssertionError`."
+    table, config = pd.read_csv(path), read_stage(stage)
+    drawn = table[table.trial == 0].sample(frac=1, random_state=0).drop_duplicates("mapping")
+    jobs = [(config, prepared, *place, 1) for place in drawn[COORDINATES].itertuples(index=False)]
+    found = pd.concat(run_parallel(tune, jobs), ignore_index=True)
+    assert found.to_csv(index=False, float_format="%.6g") == drawn.to_csv(index=False, float_format="%.6g"), f"{path}: other accuracies"
+    print(f"{path.relative_to(ROOT)}: {len(drawn)} trials are equal", flush=True)
+
+
 def check_figures(folder: Path, stage: str, results: str):
     "Compare the verdicts, and the meaning of what draws figures with that of the commit of the lock; raises `AssertionError`."
     config = read_stage(stage)
@@ -88,12 +100,15 @@ def recheck(folder: Path):
     "Check one experiment and record the present code; raises `AssertionError`."
     dvc = lambda *words: subprocess.run([sys.executable, "-m", "dvc", *words, "-q"], cwd=folder, check=True)
     places = yaml.safe_load((folder / "dvc.yaml").read_text())["vars"][0]
-    runs, results = places["runs"], places["results"]
+    runs, results = places.get("runs", f"runs/{folder.name}"), places.get("results", f"{folder.relative_to(ROOT)}/results")
     dvc("repro", "-s", "check")
     dvc("repro", "-s", "prepare")
     found = stale(folder, runs)
     for method in sorted({name.partition("@")[2] for name in found if "@" in name}):
-        check_rows(method, runs, results)
+        if f"tune@{method}" in found:
+            check_trials(method, found[f"tune@{method}"], f"{runs}/prepared/train", ROOT / results / f"{method}.csv")
+        else:
+            check_rows(method, runs, results)
     if "figures" in found:
         check_figures(folder, found["figures"], results)
     with modify_yaml(folder / "dvc.lock") as lock:
