@@ -74,8 +74,16 @@ def did_you_mean(
 
 
 # %% ../nbs/00_config.ipynb #c09
-class Config(BaseModel):
-    "Base of every group of settings: strict types, no unknown names, immutable."
+class _OneLineErrors(type(BaseModel)):
+    def __call__(cls, **values):
+        try:
+            return super().__call__(**values)
+        except ValidationError as error:
+            raise ConfigError(format_validation_error(error, cls.__name__, cls)) from None
+
+
+class Config(BaseModel, metaclass=_OneLineErrors):
+    "Base of every group of settings: strict types, no unknown names, immutable; raises `ConfigError`."
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -92,6 +100,7 @@ def short(
 def format_validation_error(
     error: ValidationError,  # what pydantic raised
     where: str,  # dotted path of the group, e.g. `methods.lorsp.LoRSP`; empty for the whole file
+    kind: type[Config],  # the group's model
 ) -> str:  # one line
     "Format the first error of a pydantic validation as one line."
     first = error.errors()[0]
@@ -100,7 +109,7 @@ def format_validation_error(
         return str(cause)
     name = ".".join(str(part) for part in (where, *first["loc"]) if str(part))
     if first["type"] == "extra_forbidden":
-        return f"{name} is not a setting"
+        return f"{name} is not a setting" + (f"; allowed: {', '.join(kind.model_fields)}" if len(first["loc"]) == 1 else "")
     if first["type"] == "missing":
         return f"{name} is missing"
     if first["type"] == "model_type":
@@ -117,14 +126,12 @@ def parse_config(
     **context,  # what validators look up, e.g. `method_class`
 ) -> Config:  # the checked group
     "Validate one group of settings; raises `ConfigError`."
-    allowed = ", ".join(kind.model_fields)
     if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'params.yaml'} = {short(values)}: a mapping of {allowed} is allowed")
+        raise ConfigError(f"{where or 'params.yaml'} = {short(values)}: a mapping of {', '.join(kind.model_fields)} is allowed")
     try:
         return kind.model_validate(values, context=context)
     except ValidationError as error:
-        at_top = len(error.errors()[0]["loc"]) == 1 and error.errors()[0]["type"] == "extra_forbidden"
-        raise ConfigError(format_validation_error(error, where) + (f"; allowed: {allowed}" if at_top else "")) from None
+        raise ConfigError(format_validation_error(error, where, kind)) from None
 
 
 # %% ../nbs/00_config.ipynb #c17
@@ -202,6 +209,9 @@ class DatasetConfig(Config):
     n_train: int = Field(2000, ge=10, description="training images")
     n_val: int = Field(1000, ge=10, description="validation images, held out of the training part")
     n_test: int = Field(1000, ge=10, description="test images")
+    skip_test: int = Field(
+        0, ge=0, description="the first images of the test part, which are left out, e.g. because something was chosen on them"
+    )
 
 
 # %% ../nbs/00_config.ipynb #c23

@@ -109,10 +109,11 @@ def read_json(
 def write_tensors(
     path: str | Path,
     tensors: dict[str, Tensor],
-    note: str = "",  # kept beside them
+    note: str = "",  # kept beside them; without one, equal tensors give equal bytes
 ):
     "Write a safetensors file that carries its checksum."
-    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, {"note": note, "sha256": ZEROS})
+    about = {"sha256": ZEROS} | ({"note": note} if note else {})  # two entries have no fixed order
+    content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, about)
     with replacing(path) as unfinished:
         unfinished.write_bytes(seal(content))
 
@@ -124,7 +125,7 @@ def read_tensors(
     "Read a safetensors file; raises `DamagedFile`."
     content = read_sealed(path, mend)
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    return load(content), header["__metadata__"]["note"]
+    return load(content), header["__metadata__"].get("note", "")
 
 
 # %% ../nbs/01_files.ipynb #c15

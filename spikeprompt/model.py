@@ -13,6 +13,7 @@ __all__ = [
     "merge_head",
     "merge_pattern",
     "merge",
+    "check_features",
     "get_prompted_model",
 ]
 
@@ -31,7 +32,7 @@ from torch.nn.functional import conv2d
 from . import __version__
 from .backbones.loader import Backbone, Freeze, fingerprint, recorded_backbone
 from .backbones.pocket import pocket_names
-from .config import Config, parse_config
+from .config import Config, ConfigError, parse_config
 from .files import DamagedFile, check_file, read_json, replacing, sha256_of, write_json
 from .prompts.base import Prompt, create_prompt, method_class, num_parameters
 from .prompts.tokens import TokenPrompt, attach_prefix
@@ -375,6 +376,22 @@ def merge(
 
 
 # %% ../nbs/60_model.ipynb #c19
+def check_features(
+    backbone: Backbone,
+):
+    "Pass one grey image through a backbone; raises `ConfigError` where size or features are not those that were told."
+    size, frozen = list(backbone.input_size), Freeze(backbone.model)
+    grey = torch.full((1, 3, *size), 0.5, device=backbone.mean.device, dtype=backbone.dtype)
+    try:
+        shape = list(backbone(grey).shape)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"input_size = {size}: {backbone.name} does not take it: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        frozen.remove()
+    if shape != [1, backbone.num_features]:
+        raise ConfigError(f"num_features = {backbone.num_features}: {backbone.name} gives features {shape} for an image of {size}")
+
+
 def get_prompted_model(
     model: nn.Module,  # timm's, or any that maps normalised images to features [B, num_features]
     config: Config,  # of a registered method, e.g. `LoRSPConfig(rank=2)`
@@ -392,6 +409,8 @@ def get_prompted_model(
     if type(num_classes) is not int or num_classes < 1:
         raise ValueError(f"num_classes = {num_classes!r}: an integer of at least 1 is needed")
     backbone = model if isinstance(model, Backbone) else Backbone(model, mean, std, num_features, input_size)
-    prompt = create_prompt(config, backbone)
     device = next((p.device for p in backbone.model.parameters()), torch.device("cpu"))
+    if num_features or input_size:
+        check_features(backbone.to(device))
+    prompt = create_prompt(config, backbone)
     return PromptedModel(backbone, prompt, Head(backbone.num_features, num_classes)).to(device)

@@ -11,23 +11,30 @@ __all__ = [
     "parse_experiment",
     "read_stage",
     "all_runs",
+    "pictured_runs",
     "run_folder",
     "write_run",
     "read_run",
+    "write_table",
+    "read_tables",
     "read_tuned",
     "run_settings",
 ]
 
 # %% ../nbs/61_stages.ipynb #c02
+import gzip
 import importlib
 import sys
+import zlib
+from collections.abc import Iterable
+from io import StringIO
 from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from .config import Config, ConfigError, ExperimentConfig, parse_config, project_root
-from .files import read_json, write_json
+from .files import DamagedFile, read_json, replacing, write_json
 from .prompts.base import method_class
 
 
@@ -79,6 +86,14 @@ def all_runs(
     return [(mapping, dataset, backbone, *variant, seed) for mapping, backbone, dataset, variant, seed in runs]
 
 
+def pictured_runs(
+    config: ExperimentConfig,
+) -> dict[str, tuple[str, str, str, str, str, int]]:  # name of the picture -> the run
+    "Runs whose prompts are drawn: those of the first seed on the first dataset."
+    dataset, seed = next(iter(config.datasets)), config.train.seeds[0]
+    return {"/".join(run[:-1]): run for run in all_runs(config) if run[1] == dataset and run[-1] == seed}
+
+
 # %% ../nbs/61_stages.ipynb #c14
 def run_folder(
     top: str | Path,  # of all runs of a method
@@ -110,6 +125,42 @@ def read_run(
     found = read_json(Path(folder) / TRAINING, "remove its folder, and `dvc repro` trains the run anew")
     history = pd.DataFrame(found["history"])
     return found["record"], history.astype({name: float for name in history if history[name].isna().any()})
+
+
+# %% ../nbs/61_stages.ipynb #t02
+def _format_number(number: float) -> str:
+    "Whole numbers exactly, all others with six significant digits."
+    return str(float(number)) if float(number).is_integer() else f"{number:.6g}"
+
+
+def write_table(
+    table: pd.DataFrame,  # begins with the columns of `RUN`
+    path: str | Path,  # <method>.csv.gz
+):
+    "Write a table whole or not at all."
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(gzip.compress(table.to_csv(index=False, float_format=_format_number).encode(), mtime=0))
+
+
+def read_tables(
+    methods: Iterable[str],  # names as in params.yaml, e.g. `config.methods`
+    folder: str | Path,  # of their tables, relative to the project, or absolute
+    types: dict[str, type] | None = None,  # of columns besides those of `RUN`
+) -> pd.DataFrame:  # rows in the order of the methods
+    "Read the tables of some methods as one; raises `ConfigError` for one that has no file, `DamagedFile`."
+    types, tables = dict.fromkeys(RUN, str) | {"seed": int} | (types or {}), []
+    for method in methods:
+        path = project_root() / folder / f"{method}.csv.gz"
+        if not path.exists():
+            raise ConfigError(f"{Path(folder) / path.name} is missing: `dvc repro` makes it, if params.yaml names the method {method!r}")
+        try:
+            text = gzip.decompress(path.read_bytes()).decode()
+            if not text:
+                raise EOFError("it is empty")
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise DamagedFile(f"{path} is damaged: {error}; `git checkout` or `dvc repro` restores it") from None
+        tables.append(pd.read_csv(StringIO(text), dtype=types, keep_default_na=False, na_values=[""]))
+    return pd.concat(tables, ignore_index=True)
 
 
 # %% ../nbs/61_stages.ipynb #c18

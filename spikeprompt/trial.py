@@ -64,12 +64,13 @@ def pipeline(
     stages = [("prepare", "100_prepare", executed("prepare"), prepare)]
     for name in methods:
         out = f"{runs}/train/{name}"
-        training = {**stage(f"train-{name}"), "prepared": train, "out": out}
+        training = {**stage(f"train-{name}"), "prepared": train, "out": out, "history": f"{results}/history/{name}.csv.gz"}
         evaluation = {**stage(f"evaluate-{name}"), "prepared": test, "trained": out, "scores": scores(name)}
+        evaluation |= {"prompts": f"{results}/prompts/{name}.safetensors"}
         stages += [(f"train {name}", "102_train", executed(f"train-{name}"), training)]
         stages += [(f"evaluate {name}", "103_evaluate", executed(f"evaluate-{name}"), evaluation)]
     common = {**stage("report"), "scores": f"{results}/scores"}
-    figures = {**common, "prepared": test, "trained": f"{runs}/train", "out": results}
+    figures = {**common, "history": f"{results}/history", "prompts": f"{results}/prompts", "out": results}
     report = {**common, "verdicts": f"{results}/verdicts.csv", "figures": f"{results}/figures"}
     return [*stages, ("figures", "104_figures", executed("figures"), figures), ("report", "105_report", f"{results}/report.ipynb", report)]
 

@@ -166,6 +166,20 @@ def test_a_forced_stage_on_more_cores_writes_the_same_bytes(copy):
     assert state(folder) == before and (folder / "dvc.lock").read_bytes() == lock
 
 
+def test_figures_are_made_of_what_is_in_git(copy):
+    folder, _ = copy
+    before = state(folder)
+    for name in "train", "prepared":
+        (folder / f"runs/{name}").rename(folder / f"runs/{name}-away")
+    try:
+        drawn = call(folder, "dvc", "repro", "-f", "-s", "figures")
+    finally:
+        for name in "train", "prepared":
+            (folder / f"runs/{name}-away").rename(folder / f"runs/{name}")
+    assert drawn.returncode == 0, drawn.stdout[-2000:] + drawn.stderr[-2000:]
+    assert state(folder) == before
+
+
 @pytest.mark.parametrize("method, variants", [("spike_nvpt", {"Spike-NVPT": {"num_tokens": 3}}), ("vpt", None)], ids=["changed", "new"])
 def test_a_changed_or_a_new_method_runs_alone(copy, method, variants):
     folder, _ = copy

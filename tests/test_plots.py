@@ -9,7 +9,7 @@ from matplotlib.text import Text
 
 from spikeprompt.evaluation.scores import headroom, per_run, synthetic_scores
 from spikeprompt.evaluation.statistics import compare
-from spikeprompt.plots.prompts import draw_prompt, gallery, prompt_cell
+from spikeprompt.plots.prompts import draw_prompt, gallery
 from spikeprompt.plots.results import (
     accuracy_map,
     convergence,
@@ -26,6 +26,7 @@ from spikeprompt.plots.results import (
 )
 from spikeprompt.plots.style import alt_text, save_figure, style
 from spikeprompt.prompts.base import Prompt, method_class, packaged_methods
+from spikeprompt.prompts.pictures import picture_values, prompt_picture
 from spikeprompt.prompts.tokens import TokenPrompt
 
 SIZES = {"no prompt": 0, "better": 400, "equal": 800, "worse": 8000, "full fine-tuning": 50_000}
@@ -293,16 +294,21 @@ def test_every_prompt_can_be_drawn(method, prompted, images):
         assert prompt.label in figure.get_label()
         assert all(text.get_fontsize() >= 6 for text in figure.findobj(Text) if text.get_text())
         plt.close(figure)
-        cell = prompt_cell(prompt, images[0])
-        assert cell.dim() == 2 or cell.shape == (3, 32, 32) and 0 <= cell.min() <= cell.max() <= 1
+        picture = prompt_picture(prompt, images[0])
+        assert picture.dim() == 2 or picture.shape == (3, 32, 32) and picture.dtype == torch.uint8
 
 
 def test_tokens_are_drawn_as_tokens(prompted, images):
-    dense, bits = (prompt_cell(prompted("pocket_vit", method).prompt.eval(), images[0]) for method in ("vpt", "spike_nvpt"))
-    assert dense.shape == bits.shape == (40, 128) and set(bits.unique().tolist()) == {0, 1} and dense.std() > 0
-    swin = prompt_cell(prompted("pocket_swin", "vpt").prompt.eval(), images[0])
-    assert swin.isnan().any() and not swin.isnan().all(1).any()  # narrow blocks leave the right side blank
-    figure = gallery({"VPT-deep": {"ViT": dense}, "LoR-VP": {"ResNet": images[0]}})
+    models = [prompted("pocket_vit", method).prompt.eval() for method in ("vpt", "spike_nvpt")]
+    dense, bits = (prompt_picture(prompt, images[0]) for prompt in models)
+    assert dense.shape == bits.shape == (40, 128)
+    values = torch.cat([models[0].prompt_tokens(layer) for layer in range(4)])
+    assert (picture_values(dense) - values / values.abs().max()).abs().max() <= 0.5 / 127 + 1e-6
+    assert torch.equal(picture_values(bits).flatten(), models[1].discrete_state())
+    for method in "vpt", "spike_nvpt":
+        swin = picture_values(prompt_picture(prompted("pocket_swin", method).prompt.eval(), images[0]))
+        assert swin.isnan().any() and not swin.isnan().all(1).any()  # narrow blocks leave the right side blank
+    figure = gallery({"VPT-deep": {"ViT": dense}, "LoR-VP": {"ResNet": (255 * images[0]).byte()}})
     assert [len(ax.images) for ax in figure.axes] == [1, 0, 0, 1]
 
 
@@ -318,6 +324,8 @@ class Brightening(Prompt):
 
 def test_a_prompt_of_ones_own_is_drawn_around_grey(images):
     prompt = Brightening(None, None)
-    assert torch.allclose(prompt_cell(prompt, images[0]), torch.ones(3, 32, 32))
-    assert torch.equal(prompt_cell(Prompt(None, None), images[0]), torch.full((3, 32, 32), 0.5))
+    assert torch.equal(prompt_picture(prompt, images[0]), torch.full((3, 32, 32), 255, dtype=torch.uint8))
+    assert torch.equal(prompt_picture(Prompt(None, None), images[0]), torch.full((3, 32, 32), 128, dtype=torch.uint8))
+    large = torch.nn.functional.interpolate(images[:1], 160)[0]
+    assert prompt_picture(Prompt(None, None), large).shape == (3, 48, 48)
     assert len(draw_prompt(prompt, images).axes) == 3  # one image: the pattern is the same for all

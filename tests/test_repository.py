@@ -98,14 +98,14 @@ def test_the_sentences_of_the_readme_are_those_of_the_committed_scores(finding):
         .set_index(["variant", "placement", "reference"])
         .loc[[("magnitude mask", "pixels", "LoRSP"), ("straight-through", "tokens", "Spike-NVPT")]]
     )
-    assert set(both.verdict) == {"not significant"} and list(both.mdd.round()) == [9, 35]
+    assert set(both.verdict) == {"not significant"} and list(both.mdd.round()) == [12, 35]
     controls = verdicts[verdicts.variant.isin(["magnitude mask", "straight-through"]) & verdicts.reference.isin(["LoRSP", "Spike-NVPT"])]
     assert len(controls) == 4 * 2 * 3 and "significantly worse" not in set(controls.verdict)
     elsewhere = verdicts[~here & (verdicts.reference == "no prompt") & (verdicts.images == "clean") & (verdicts.placement != "weights")]
     assert "significantly better" not in set(elsewhere.verdict) and "equivalent" not in set(verdicts.verdict)
     count = lambda variant, reference: verdicts[(verdicts.variant == variant) & (verdicts.reference == reference)].verdict.value_counts()
     assert count("LoRSP", "LoR-VP").to_dict() == {"not significant": 7, "significantly worse": 1}
-    assert count("LoRSP", "VP, all pixels").to_dict() == {"not significant": 4, "significantly worse": 4}
+    assert count("LoRSP", "VP, all pixels").to_dict() == {"not significant": 3, "significantly worse": 5}
     assert set(count("Spike-NVPT", "VPT-deep").index) == {"not significant", "no headroom"}
 
 

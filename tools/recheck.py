@@ -27,7 +27,7 @@ from spikeprompt.evaluation.evaluate import evaluate_run
 from spikeprompt.evaluation.scores import read_scores, write_scores
 from spikeprompt.evaluation.statistics import compare, pairs, questions
 from spikeprompt.prompts.base import method_class
-from spikeprompt.stages import COORDINATES, RUN, all_runs, read_stage
+from spikeprompt.stages import COORDINATES, RUN, all_runs, read_stage, read_tables, write_table
 from spikeprompt.training.parallel import run_parallel
 from spikeprompt.training.runs import train_run
 from spikeprompt.training.search import tune
@@ -44,12 +44,13 @@ def stale(folder: Path, runs: str) -> dict[str, str]:  # stage -> its file, rela
     return {name: dep["path"] for name, dep in files.items() if changed(dep)}
 
 
-def anew(train: str, test: str, run: tuple, prepared: str) -> pd.DataFrame:
-    "The rows of one run, trained and tested with the present code."
+def anew(train: str, test: str, run: tuple, prepared: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    "The rows of one run in the tables of scores and of losses, trained and tested with the present code."
     with tempfile.TemporaryDirectory() as folder:
-        train_run(read_stage(train), run, f"{prepared}/train", folder)
+        _, history = train_run(read_stage(train), run, f"{prepared}/train", folder)
+        write_table(history, Path(folder) / "history.csv.gz")
         write_scores(pd.DataFrame(evaluate_run(read_stage(test), run, f"{prepared}/test", folder)), Path(folder) / "run.csv.gz")
-        return read_scores(["run"], folder)
+        return read_scores(["run"], folder), read_tables(["history"], folder)
 
 
 def check_rows(method: str, runs: str, results: str):
@@ -58,11 +59,12 @@ def check_rows(method: str, runs: str, results: str):
     drawn = {}
     for run in random.Random(0).sample(listed := all_runs(read_stage(stages[0])), len(listed)):
         drawn.setdefault(run[4], run)
-    table = read_scores([method], f"{results}/scores")
-    for run, found in zip(drawn.values(), run_parallel(anew, [(*stages, run, f"{runs}/prepared") for run in drawn.values()])):
-        rows = table[(table[RUN] == list(run)).all(axis=1)].dropna(axis=1, how="all").reset_index(drop=True)
-        found = found.dropna(axis=1, how="all")[rows.columns]
-        assert_frame_equal(found, rows, check_exact=True, check_dtype=False, obj=f"{results}: {run}")
+    tables = read_scores([method], f"{results}/scores"), read_tables([method], f"{results}/history")
+    for run, both in zip(drawn.values(), run_parallel(anew, [(*stages, run, f"{runs}/prepared") for run in drawn.values()])):
+        for table, found in zip(tables, both):
+            rows = table[(table[RUN] == list(run)).all(axis=1)].dropna(axis=1, how="all").reset_index(drop=True)
+            found = found.dropna(axis=1, how="all")[rows.columns]
+            assert_frame_equal(found, rows, check_exact=True, check_dtype=False, obj=f"{results}: {run}")
     print(f"{results}: {method}: {len(drawn)} runs are equal", flush=True)
 
 

@@ -129,15 +129,21 @@ def cached_dataset(
 
 
 # %% ../../nbs/datasets/09_readers.ipynb #c11
+def _source(
+    function: Callable,
+) -> str:
+    "The code of a function's module, or of the function where a notebook defines it."
+    module = sys.modules[function.__module__]
+    return inspect.getsource(module if hasattr(module, "__file__") else function)
+
+
 def decoding_key(
     folder: Path,  # of the image files
     image_size: int | None,  # pixels a side
     reader: Callable,  # of the dataset
 ) -> str:  # sha256 in hex
     "Checksum of what decoded images depend on."
-    own, module = sys.modules[__name__], sys.modules[reader.__module__]
-    readers = [image_files, module if hasattr(module, "__file__") else reader]  # a notebook has no file
-    code = [inspect.getsource(part) for part in (readers, [own, *readers])[hasattr(own, "__file__")]]
+    code = [_source(function) for function in (save_arrays, to_size, reader)]
     digest = hashlib.sha256(repr([image_size, code, *map(version, ("numpy", "pillow", "torch", "torchvision"))]).encode())
     for path in files_below(folder):
         about = path.stat()

@@ -65,9 +65,13 @@ class Images:
         self,
         which: slice | list[int] | Tensor,  # of the chosen ones
     ) -> Tensor:  # uint8 [B, 3, H, W]
-        taken = np.asarray(self.x[self.indices[which].numpy()])
-        if isinstance(self.x, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
-            self.x._mmap.madvise(mmap.MADV_DONTNEED)  # or what was read once would count as this process's memory
+        chosen = self.indices[which].numpy()
+        taken = np.empty((len(chosen), *self.x.shape[1:]), self.x.dtype)
+        for start in range(0, len(chosen), 50):  # around each, the system maps up to some MB of its file
+            part = slice(start, start + 50)
+            taken[part] = self.x[chosen[part]]
+            if isinstance(self.x, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                self.x._mmap.madvise(mmap.MADV_DONTNEED)  # or what was read once would count as this process's memory
         return self.resize(torch.from_numpy(taken))
 
 
@@ -166,9 +170,10 @@ def test_indices(
     name: str = "dataset",  # for error messages
 ) -> np.ndarray:  # [n_test]
     "Which images of the test part test every run; raises `ConfigError` when there are too few."
-    if config.n_test > len(dataset.y_test):
-        raise ConfigError(f"datasets.{name}.n_test = {config.n_test}: allowed are at most {len(dataset.y_test)}, its test part")
-    return stratified_order(dataset.y_test, 0)[: config.n_test]
+    available = len(dataset.y_test) - config.skip_test
+    if config.n_test > available:
+        raise ConfigError(f"datasets.{name}.n_test = {config.n_test}: allowed are at most {available}, its test part less skip_test")
+    return config.skip_test + stratified_order(dataset.y_test[config.skip_test :], 0)[: config.n_test]
 
 
 def test_images(

@@ -21,11 +21,8 @@ __all__ = [
 ]
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c02
-import gzip
-import zlib
 from base64 import b64decode, b64encode
 from collections.abc import Iterable
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +30,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from ..config import ConfigError, project_root
-from ..files import DamagedFile, replacing
 from ..robustness.corruptions import FREE_GAUSSIAN
-from ..stages import RUN
+from ..stages import RUN, read_tables, write_table
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c05
@@ -83,11 +78,6 @@ CONDITION = ["kind", "corruption", "severity"]  # corruption or attack of its im
 _MEASURED = ["accuracy", "ece", "correct"]
 
 
-def _format_number(number: float) -> str:
-    "Whole numbers exactly, all others with six significant digits."
-    return str(float(number)) if float(number).is_integer() else f"{number:.6g}"
-
-
 # %% ../../nbs/evaluation/90_scores.ipynb #c19
 def write_scores(
     table: pd.DataFrame,  # columns as above; correct as bool arrays
@@ -95,9 +85,8 @@ def write_scores(
 ):
     "Write a score table whole or not at all."
     packed = table.assign(correct=table.correct.map(pack))
-    text = packed[[*RUN, *CONDITION, *_MEASURED, *table.columns.difference([*RUN, *CONDITION, *_MEASURED], sort=False)]]
-    with replacing(path) as unfinished:
-        unfinished.write_bytes(gzip.compress(text.to_csv(index=False, float_format=_format_number).encode(), mtime=0))
+    first = [*RUN, *CONDITION, *_MEASURED]
+    write_table(packed[[*first, *table.columns.difference(first, sort=False)]], path)
 
 
 # %% ../../nbs/evaluation/90_scores.ipynb #c20
@@ -106,22 +95,7 @@ def read_scores(
     folder: str | Path = "results/scores",  # relative to the project, or absolute
 ) -> pd.DataFrame:  # rows in the order of the methods; correct as bool arrays
     "Read the score tables of some methods as one; raises `ConfigError` for one that has no file, `DamagedFile`."
-    tables = []
-    for method in methods:
-        path = project_root() / folder / f"{method}.csv.gz"
-        if not path.exists():
-            raise ConfigError(f"{Path(folder) / path.name} is missing: `dvc repro` makes it, if params.yaml names the method {method!r}")
-        try:
-            content = gzip.decompress(path.read_bytes()).decode()
-            if not content:
-                raise EOFError("it is empty")
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            raise DamagedFile(f"{path} is damaged: {error}; `git checkout` or `dvc repro` restores it") from None
-        text = StringIO(content)
-        names = [name for name in [*RUN, *CONDITION, "placement"] if name not in ("seed", "severity")]
-        types = dict.fromkeys(names, str) | {"severity": float}
-        tables.append(pd.read_csv(text, dtype=types, keep_default_na=False, na_values=[""]))
-    table = pd.concat(tables, ignore_index=True)
+    table = read_tables(methods, folder, {"kind": str, "corruption": str, "severity": float, "placement": str})
     return table.assign(correct=table.correct.map(unpack))
 
 

@@ -31,7 +31,7 @@ def style():
     }
     lines = {"axes.linewidth": 0.6, "lines.linewidth": 0.8, "lines.markersize": 3}
     page = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "figure.dpi": 110}
-    files = {"svg.hashsalt": "spikeprompt"}
+    files = {"svg.hashsalt": "spikeprompt", "svg.fonttype": "none"}  # text stays text, which can be searched
     sns.set_theme(context="paper", style="ticks", palette="colorblind", rc={**text, **ticks, **lines, **page, **files})
 
 
