@@ -68,8 +68,8 @@ def test_only_verdicts_that_changed_are_told():
 
 
 def test_from_a_commit_and_on_the_command_line(scores, tmp_path, monkeypatch):
-    for module in "reproduced", "scores":
-        monkeypatch.setattr(f"spikeprompt.evaluation.{module}.project_root", lambda: tmp_path)
+    for module in "evaluation.reproduced", "stages":
+        monkeypatch.setattr(f"spikeprompt.{module}.project_root", lambda: tmp_path)
     git = lambda *command: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b.c", *command], cwd=tmp_path, check=True)
     git("init", "-q")
     folder = tmp_path / "results/scores"
