@@ -135,8 +135,9 @@ def datasets(as_json: Json = False):
 
     from spikeprompt.datasets.readers import READERS
 
+    without_errors = lambda text: text.partition("; raises")[0].removesuffix(".")
     with one_line_errors():
-        show([{"dataset": name, "what it is": getdoc(reader).partition(";")[0]} for name, reader in READERS.items()], as_json)
+        show([{"dataset": name, "what it is": without_errors(getdoc(reader))} for name, reader in READERS.items()], as_json)
 
 
 # %% ../nbs/97_cli.ipynb #c10
@@ -146,9 +147,12 @@ def download(
     folder: Annotated[str, typer.Option(help="Where to, relative to the project; weights, or data/<dataset>, if it is not given.")] = "",
 ):
     "Fetch a pretrained model or a dataset from its hub and keep it as files."
+    import logging
+
     from spikeprompt.backbones.loader import download
     from spikeprompt.datasets.standard import STANDARD, download_dataset
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # or each of its retries would be two lines
     with one_line_errors():
         if name in STANDARD:
             download_dataset(name, folder or f"data/{name}")
