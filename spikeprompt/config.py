@@ -253,7 +253,7 @@ class RobustnessConfig(Config):
 
 # %% ../nbs/00_config.ipynb #c25
 class TuneConfig(Config):
-    "Search of hyper-parameters: the same number of trials of one sampler for every variant, backbone and protocol."
+    "Search of hyper-parameters: the same number of trials for every variant, backbone and protocol."
 
     trials: int = Field(12, ge=1, le=100_000, description="trials of each variant on each backbone under each protocol")
     seed: Seed = Field(0, description="seed of the sampler")
