@@ -105,7 +105,7 @@ EDITS = [  # file, old text, new text, the stages that get stale
     ("methods/lorsp.py", "HOMEOSTASIS = 0.2", "HOMEOSTASIS = 0.3", {"train-lorsp", "evaluate"}),
     ("training/loop.py", "# in a terminal, not in a notebook", "# a progress bar in a terminal", set()),
     ("training/loop.py", "[:256]", "[:128]", {"train-lorsp", "train-vpt"}),
-    ("training/search.py", 'scramble=False', 'scramble=True', set()),
+    ("training/search.py", "scramble=False", "scramble=True", set()),
     ("evaluation/energy.py", '"fp32_mul": 3.7', '"fp32_mul": 3.8', {"evaluate"}),
     ("robustness/corruptions.py", "0.299", "0.3", {"evaluate", "prepare"}),
     ("plots/style.py", "COLUMN, PAGE = 3.4, 6.8", "COLUMN, PAGE = 3.5, 6.8", set()),
